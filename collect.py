@@ -1,0 +1,314 @@
+"""
+Stage 1: a sender writes plans; its last-layer hidden states become messages, in safetensors shards.
+
+  python collect.py alfworld --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_path alfworld_sft.json \\
+      --output_dir messages
+  torchrun --nproc_per_node 8 collect.py custom --model_name_or_path M --dataset_path tasks.jsonl --output_dir messages
+  python collect.py inspect messages --id train-3 --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
+
+Run it again after a kill: it collects only what is missing. A message depends on its task, the model and the seed, not
+on the batch size, the order, the number of ranks or a restart.
+"""
+import argparse
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
+                          TopPLogitsWarper)
+
+from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, boolean, end_of_turn, lm_logits, load_config,
+                   load_lm, load_tokenizer, open_shards, read_json, render_turn, run, seed_for, write_json, write_shard)
+
+PRESETS = {  # name: (prompt, which conversation turn holds the task)
+    "alfworld": ("Please provide a general plan to solve this task.\nThe task is: {task}", 2),  # ETO: instruction, OK, task
+    "custom": ("Please provide a general plan to solve this task.\nThe task is: {task}", 0),
+}
+FORMAT_VERSION = 1
+
+
+def get_args(argv):
+    parser = Parser(prog="collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (template, turn) in PRESETS.items():
+        p = commands.add_parser(name, help=f"collect messages, {name} prompt and fields", allow_abbrev=False)
+        g = p.add_argument_group("data")
+        g.add_argument("--dataset_path", required=True, help=".json or .jsonl: records with an id and a task")
+        g.add_argument("--output_dir", required=True, help="where the shards go; an existing directory is continued")
+        g.add_argument("--id_field", default="id", help="field of the task's id")
+        g.add_argument("--task_field", default="task", help="field of the task's text; '' reads conversations")
+        g.add_argument("--conversations_index", type=int, default=turn,
+                       help="without a task field: the turn of `conversations` that holds the task")
+        g.add_argument("--response_field", help="field of the reference reply: also writes train.json for train_actor.py")
+        g.add_argument("--max_samples", type=int, help="only the first N tasks")
+        g.add_argument("--shard_size_mb", type=float, default=512, help="start a new shard beyond this size")
+        g = p.add_argument_group("sender")
+        g.add_argument("--model_name_or_path", required=True, help="any Hugging Face causal LM, or a student directory")
+        g.add_argument("--prompt_template", default=template, help="what the sender is asked; {task} is replaced")
+        g.add_argument("--chat_template", choices=["auto", "none"], default="auto",
+                       help="auto: the tokenizer's own chat template; none: the bare prompt")
+        g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the model, and of the stored states")
+        g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
+        g = p.add_argument_group("decoding")
+        g.add_argument("--max_new_tokens", type=int, default=512, help="a longer plan is cut here")
+        g.add_argument("--do_sample", type=boolean, default=False, help="sample instead of taking the likeliest token")
+        g.add_argument("--temperature", type=float, default=1.0, help="with --do_sample true")
+        g.add_argument("--top_p", type=float, default=1.0, help="with --do_sample true: nucleus sampling")
+        g.add_argument("--top_k", type=int, default=0, help="with --do_sample true: only the k likeliest tokens; 0: all")
+        g.add_argument("--seed", type=int, default=0, help="of the uniform number of each (task, step)")
+        g.add_argument("--batch_size", type=int, default=16, help="prompts decoded together")
+        g.add_argument("--c", type=int, help="store only the first N states of each message")
+        g.add_argument("--latent_steps", type=int, help="think K latent steps instead of writing a plan (compress.py)")
+    p = commands.add_parser("inspect", help="what is in the shards", allow_abbrev=False)
+    p.add_argument("directory", help="--output_dir of a collection")
+    p.add_argument("--id", help="only this task")
+    p.add_argument("--model_name_or_path", help="the sender: prints what each latent says through its output head")
+    p.add_argument("--top_k", type=int, default=5, help="tokens per latent")
+    return parser, parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+def load_tasks(args):
+    """--dataset_path -> [{"id", "task", "type"?, "level"?, "reply"?}], checked."""
+    records = read_json(args.dataset_path)
+    if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
+        raise UserError(f"{args.dataset_path}: expected a non-empty list of records")
+    tasks, seen = [], set()
+    for n, record in enumerate(records):
+        task_id = str(record.get(args.id_field, n))  # without ids, the position in the whole file
+        where = f"{args.dataset_path}: id {task_id}"
+        if task_id in seen or task_id == "__metadata__":
+            raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
+        seen.add(task_id)
+        if args.task_field in record:
+            task = record[args.task_field]
+        elif "conversations" in record:
+            turns = record["conversations"]
+            if not isinstance(turns, list) or not -len(turns) <= args.conversations_index < len(turns):
+                raise UserError(f"{where}: no turn {args.conversations_index} in its conversations, see "
+                                f"--conversations_index")
+            task = turns[args.conversations_index].get("value")
+        else:
+            raise UserError(f"{where} has no field '{args.task_field}' and no conversations; its fields are "
+                            f"{', '.join(record)}; see --task_field")
+        if not isinstance(task, str) or not task.strip():
+            raise UserError(f"{where}: the task is empty or not a text")
+        if args.response_field and not isinstance(record.get(args.response_field), str):
+            raise UserError(f"{where} has no text in field '{args.response_field}', see --response_field")
+        tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(args.response_field),
+                      **{k: record[k] for k in ("type", "level") if k in record}})
+    return tasks[:args.max_samples]
+
+
+def encode_prompts(tasks, tokenizer, args, max_length):
+    """Adds "ids" to each task: the sender's prompt. The same text whatever the batch."""
+    if "{task}" not in args.prompt_template:
+        raise UserError("--prompt_template must contain {task}")
+    for task in tasks:
+        prompt = args.prompt_template.replace("{task}", task["task"])
+        if args.chat_template == "auto":
+            task["ids"] = sum(render_turn(tokenizer, [{"role": "user", "content": prompt}], where=task["id"]), [])
+        else:
+            task["ids"] = tokenizer(prompt).input_ids
+        steps = args.latent_steps or args.max_new_tokens
+        if len(task["ids"]) + steps > max_length:
+            raise UserError(f"{args.dataset_path}: id {task['id']}: prompt of {len(task['ids'])} tokens + {steps} new "
+                            f"ones exceed the sender's context of {max_length}: shorten the task or lower "
+                            f"{'--latent_steps' if args.latent_steps else '--max_new_tokens'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sender's decode loop
+
+def left_pad(prompts, device):
+    """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all rows end together."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+@torch.inference_mode()
+def decode_plans(lm, prompts, seeds, eos_ids, args):
+    """Decode a batch -> [(plan_token_ids, states (L, D), milliseconds)].
+
+    State l is read at the position that predicts token l (the first at the prompt's end), so L tokens give exactly L
+    rows and the end-of-text token gives none (the released ALFWorld collector is one row off, and its batched rows run
+    past the end). Only the last layer's post-norm state of the last position is ever kept."""
+    device = lm.device
+    input_ids, attention_mask = left_pad(prompts, device)  # (b, T)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    # one uniform number per (task, step), from the task's own generator: neighbours in the batch change nothing
+    uniforms = torch.stack([torch.rand(args.max_new_tokens, generator=torch.Generator().manual_seed(seed),
+                                       dtype=torch.float64) for seed in seeds]).to(device)  # (B, max_new_tokens)
+    warpers = LogitsProcessorList()
+    if args.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(args.temperature))
+    if args.top_k:
+        warpers.append(TopKLogitsWarper(args.top_k))
+    if args.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(args.top_p))
+    eos = torch.tensor(sorted(eos_ids), device=device)
+    tokens, states, ms = [[] for _ in prompts], [[] for _ in prompts], [0.0] * len(prompts)
+    live = torch.arange(len(prompts), device=device)  # (b,) row of the batch -> prompt
+    cache = DynamicCache()
+    for step in range(args.max_new_tokens):
+        start = time.perf_counter()
+        out = lm.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                               past_key_values=cache, use_cache=True)
+        hidden = out.last_hidden_state[:, -1]  # (b, D)
+        logits = lm_logits(lm, hidden)  # (b, V)
+        if step == 0:
+            logits[:, eos] = -torch.inf  # a plan has at least one token
+        if args.do_sample:
+            cdf = warpers(None, logits).double().softmax(-1).cumsum(-1)  # (b, V)
+            draw = uniforms[live, step, None] * cdf[:, -1:]
+            next_ids = torch.searchsorted(cdf, draw, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+        else:
+            next_ids = logits.argmax(-1)  # (b,)
+        keep = ~torch.isin(next_ids, eos)
+        hidden, rows, next_list, alive = hidden.cpu(), live.tolist(), next_ids.tolist(), keep.tolist()
+        elapsed = 1000 * (time.perf_counter() - start)
+        for n, row in enumerate(rows):
+            ms[row] += elapsed / len(rows)
+            if alive[n]:
+                tokens[row].append(next_list[n])
+                states[row].append(hidden[n])
+        if not all(alive):  # finished rows leave the batch, so all work is on live ones
+            index = keep.nonzero().squeeze(1)
+            if len(index) == 0:
+                break
+            cache.batch_select_indices(index)
+            live, next_ids, attention_mask, position_ids = (x[index] for x in (live, next_ids, attention_mask,
+                                                                               position_ids))
+        input_ids, position_ids = next_ids[:, None], position_ids[:, -1:] + 1
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)  # as long as the cache, or the prompt is not seen
+    return [(t, torch.stack(s), m) for t, s, m in zip(tokens, states, ms)]
+
+
+@torch.inference_mode()
+def think(sender, prompts, steps):
+    """K latent steps for a batch -> [([], states (K, D), milliseconds)]: a message without any text."""
+    start = time.perf_counter()
+    latents = sender(*left_pad(prompts, sender.lm.device), steps).cpu()  # (B, K, D)
+    ms = 1000 * (time.perf_counter() - start) / len(prompts)
+    return [([], row.clone(), ms) for row in latents]
+
+
+def collect(args):
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    tasks = load_tasks(args)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
+    if args.chat_template == "auto" and not tokenizer.chat_template:
+        args.chat_template = "none"
+    config = load_config(args.model_name_or_path, args.trust_remote_code)
+    if args.latent_steps is not None and args.latent_steps < 1:
+        raise UserError(f"--latent_steps must be at least 1, got {args.latent_steps}")
+    encode_prompts(tasks, tokenizer, args, getattr(config, "max_position_embeddings", 2**31))
+
+    # what was collected before must come from the same sender with the same settings
+    sender = {"model": args.model_name_or_path, "hidden_size": config.hidden_size, "dtype": args.torch_dtype,
+              **{k: getattr(args, k) for k in ("prompt_template", "chat_template", "max_new_tokens", "do_sample",
+                                               "temperature", "top_p", "top_k", "c", "seed", "latent_steps")},
+              "format_version": FORMAT_VERSION}
+    done = LatentShards(args.output_dir) if os.path.isdir(args.output_dir) else {}
+    if len(done) and done.sender != sender:
+        differ = [k for k in sender if done.sender.get(k) != sender[k]]
+        raise UserError(f"{args.output_dir} holds messages of another sender or other settings (different: "
+                        f"{', '.join(differ)}): give a new --output_dir")
+    # ranks share the whole list, not what is pending: a rank that starts late must not see another's first shards
+    mine = [t for t in sorted(tasks, key=lambda t: len(t["ids"]))[rank::world] if t["id"] not in done]
+    if rank == 0 and args.response_field:
+        write_json(os.path.join(args.output_dir, "train.json"), [
+            {"id": t["id"], "conversations": [{"from": "human", "value": t["task"]}, {"from": "gpt", "value": t["reply"]}]}
+            for t in tasks])
+    if rank == 0:
+        print(f"{len(tasks)} tasks, {sum(t['id'] in done for t in tasks)} already in {args.output_dir}")
+
+    if mine:
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        if args.latent_steps:
+            model = LatentSender.load(args.model_name_or_path, args.torch_dtype, device, args.trust_remote_code)
+            lm = model.lm
+        else:
+            lm = load_lm(args.model_name_or_path, args.torch_dtype, args.trust_remote_code).to(device)
+        eos_ids = {tokenizer.eos_token_id, *(end_of_turn(tokenizer)[-1:] if args.chat_template == "auto" else [])}
+        generation_eos = lm.generation_config.eos_token_id
+        eos_ids |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
+        eos_ids.discard(None)
+
+    latents, records, size, number, flushed = {}, {}, 0, 0, time.time()
+    shard = os.path.join(args.output_dir, f"latents-rank{rank:05d}-" + "{:05d}.safetensors")
+    bar = tqdm(total=len(mine), desc="collect", unit="task", disable=rank > 0 or not mine)
+    for i in range(0, len(mine), args.batch_size):
+        batch = mine[i:i + args.batch_size]
+        prompts = [t["ids"] for t in batch]
+        if args.latent_steps:
+            messages = think(model, prompts, args.latent_steps)
+        else:
+            messages = decode_plans(lm, prompts, [seed_for(args.seed, t["id"]) for t in batch], eos_ids, args)
+        for task, (token_ids, states, ms) in zip(batch, messages):
+            if not torch.isfinite(states).all():
+                raise UserError(f"id {task['id']}: the sender's states are not finite in {args.torch_dtype}: use "
+                                f"--torch_dtype bf16 or fp32")
+            latents[task["id"]] = states[:args.c].to(DTYPES[args.torch_dtype])
+            records[task["id"]] = {"task": task["task"], "plan": tokenizer.decode(token_ids, skip_special_tokens=True),
+                                   "plan_token_ids": token_ids, **{k: task[k] for k in ("type", "level") if k in task},
+                                   "sender_ms": round(ms, 3)}
+            size += latents[task["id"]].nbytes
+        bar.update(len(batch))
+        # by size, and every five minutes: a kill never costs more
+        if size >= args.shard_size_mb * 2**20 or i + args.batch_size >= len(mine) or time.time() - flushed > 300:
+            while os.path.exists(shard.format(number)):
+                number += 1
+            write_shard(shard.format(number), latents, records, sender)
+            latents, records, size, flushed = {}, {}, 0, time.time()
+    bar.close()
+    if rank == 0:
+        ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"
+        print(f"wrote {ready} to {args.output_dir}; look: python collect.py inspect {args.output_dir}; next: python "
+              f"train_actor.py --hidden_data {args.output_dir} …")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+
+def inspect(args):
+    shards = open_shards(args.directory)
+    ids = [args.id] if args.id else list(shards.records)
+    shards[ids[0]]  # an unknown --id is an error here
+    rows = sorted(shards.lengths.values())
+    print(f"{args.directory}: {len(shards)} messages in {len(set(shards.shard_of.values()))} shards, {rows[0]} to "
+          f"{rows[-1]} rows (median {rows[len(rows) // 2]}), width {shards.hidden_size}")
+    for key, value in shards.sender.items():
+        print(f"  {key}: {value!r}")
+    if args.model_name_or_path:
+        config = load_config(args.model_name_or_path)
+        if config.hidden_size != shards.hidden_size:
+            raise UserError(f"{args.model_name_or_path} is {config.hidden_size} wide, the messages are "
+                            f"{shards.hidden_size}: give the sender, {shards.sender['model']}")
+        lm, tokenizer = load_lm(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+    for task_id in ids[:1 if args.model_name_or_path else 10]:
+        record = shards.records[task_id]
+        print(f"\n{task_id}: {shards.lengths[task_id]} rows, {record['sender_ms']:.1f} ms\n  task: {record['task'][:300]}"
+              f"\n  plan: {record['plan'][:300]}")
+        if args.model_name_or_path:
+            with torch.inference_mode():
+                probs = lm_logits(lm, shards[task_id].float()).softmax(-1)  # (L, V)
+            for n, (p, top) in enumerate(zip(*(x.tolist() for x in probs.topk(args.top_k)))):
+                written = record["plan_token_ids"][n] if n < len(record["plan_token_ids"]) else None
+                print(f"  {n:4d}  {'' if written is None else tokenizer.decode([written])!r:16s}  "
+                      + "  ".join(f"{tokenizer.decode([t])!r} {q:.2f}" for t, q in zip(top, p)))
+
+
+def main(argv=None):
+    parser, args = get_args(argv)
+    run(parser, inspect if args.command == "inspect" else collect, args)
+
+
+if __name__ == "__main__":
+    main()

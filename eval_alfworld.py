@@ -1,0 +1,693 @@
+"""
+Stage 4a: the actor plays household games under every communication variant, all episodes in one batch.
+
+  python eval_alfworld.py --model_path actor --hidden_data messages_valid_seen --env alfworld --split valid_seen \\
+      --variants none text no_comm cross_task randomrot --output_path results
+  python eval_alfworld.py --model_path actor --sender student --latent_steps 64 32 16 8 --env alfworld --split valid_seen \\
+      --output_path results_k
+  python eval_alfworld.py --model_path actor --hidden_data messages --env my_game:MyGame --split test --output_path results
+
+A game is any class with tasks(split) -> [{"id", "task", ...}], reset(task) -> first human turn, and step(action) ->
+(observation, reward, done, info); success is info["won"], never done. Run it again after a kill: episodes that are on
+disk are not played again.
+"""
+import argparse
+import contextlib
+import csv
+import datetime
+import importlib
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from urllib.parse import quote
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import collect
+from model import (BOP, DTYPES, PERTURBATIONS, PLAN_ANNOUNCEMENT, LatentActor, Parser, UserError, another_task, assemble,
+                   atomic_path, boolean, collate, end_of_turn, lm_logits, load_config, load_tokenizer, open_shards,
+                   perturb, plan_ids_for, read_json, render_turn, run, seed_for, text_ids, wilson_interval, write_json)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LATENT_VARIANTS = ("none", "latent", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
+VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
+
+
+def get_args(argv):
+    parser = Parser(prog="eval_alfworld.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    g = parser.add_argument_group("actor")
+    g.add_argument("--model_path", required=True, help="an actor directory, or a plain causal LM (no_comm only)")
+    g.add_argument("--baseline_path", nargs="*", default=[], help="actors trained with --message text (for cot_full) and "
+                                                                  "--message none (for no_cot)")
+    g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the actor's parameters")
+    g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
+    g = parser.add_argument_group("messages")
+    g.add_argument("--hidden_data", help="--output_dir of collect.py for these games")
+    g.add_argument("--sender", help="a live sender: collect.py runs first, on these games, into --output_path")
+    g.add_argument("--latent_steps", type=int, nargs="*", default=[], help="with --sender: one row per K latent steps")
+    g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
+    g.add_argument("--max_plan_tokens", type=int, default=512, help="with --sender: longest plan")
+    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
+    g = parser.add_argument_group("games")
+    g.add_argument("--env", default="alfworld", help="alfworld, or module:Class")
+    g.add_argument("--split", default="valid_seen", help="alfworld: valid_seen or valid_unseen; other games: their own")
+    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent is another name of none)")
+    g.add_argument("--max_steps", type=int, default=20, help="replies per episode (paper 20, released code 50)")
+    g.add_argument("--num_episodes", type=int, help="only the first N games of the split")
+    g.add_argument("--runs", type=int, default=1, help="repetitions with other seeds (paper: 3)")
+    g.add_argument("--env_workers", type=int, help="processes that host games; default: one per core for alfworld, else 0")
+    g = parser.add_argument_group("decoding")
+    g.add_argument("--batch_size", type=int, default=32, help="episodes played together")
+    g.add_argument("--max_new_tokens", type=int, default=256, help="per reply")
+    g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    g.add_argument("--seed", type=int, default=0, help="of sampling, cross_task and the perturbations")
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_path", required=True, help="episodes/, results.csv, summary.json, results.png")
+    g.add_argument("--enable_timing", type=boolean, nargs="?", const=True, default=True, help="write performance_metrics.csv")
+    return parser, parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the game
+
+# The facts and the list of actions of the instruction that opens ETO's training conversations, in our words.
+INSTRUCTION = """You are an agent in a household and have one task to carry out there. The room and the task are \
+described below; after each of your turns you are told what you observe.
+In every turn, think about the situation first and then choose one action. Reply in exactly this format:
+Thought: your thoughts
+Action: your next action
+
+These are the actions, with {obj} for an object and {recep} for a receptacle, each with its number:
+1. go to {recep}
+2. take {obj} from {recep}
+3. put {obj} in/on {recep}
+4. open {recep}
+5. close {recep}
+6. toggle {obj} {recep}
+7. clean {obj} with {recep}
+8. heat {obj} with {recep}
+9. cool {obj} with {recep}
+"Nothing happens." means that the action was not possible there: try another one."""
+
+# What an agent says -> what this game may call it: `put` or `move` is up to the version that made the game file, and
+# ETO's list has a `toggle` that no version knows.
+WORDINGS = ((r"put (.+) in/on (.+)", r"move \1 to \2"), (r"move (.+) to (.+)", r"put \1 in/on \2"),
+            (r"toggle (\S+ \d+).*", r"use \1"))
+
+
+@contextlib.contextmanager
+def quiet_engine():
+    """The engine prints when it loads a split, and its planner overwrites sys.argv at every reset."""
+    argv = sys.argv
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+
+
+class AlfworldGame:
+    """ALFWorld's household games, played through the unmodified AlfredTWEnv, in ETO's conversation format."""
+    engine_max_steps = 1000  # the engine's own limit, out of the way: --max_steps is the cap
+
+    def __init__(self, instruction=INSTRUCTION):
+        self.instruction, self.env = instruction, None
+
+    def alfred_env(self, folder):
+        from alfworld.agents.environment import get_environment
+        config = {"dataset": {"eval_id_data_path": folder, "num_eval_games": -1},
+                  "env": {"domain_randomization": False, "task_types": [1, 2, 3, 4, 5, 6], "expert_type": "handcoded",
+                          "goal_desc_human_anns_prob": 0.0},
+                  "general": {"training_method": "dagger"},
+                  "dagger": {"training": {"max_nb_steps_per_episode": self.engine_max_steps}}}
+        return get_environment("AlfredTWEnv")(config, train_eval="eval_in_distribution")
+
+    def tasks(self, split):
+        """Games of valid_seen, valid_unseen or train, sorted -> [{"id": "folder/trial", "task", "type", "gamefile"}].
+        Raises UserError when the engine, its data or the split is missing."""
+        if importlib.util.find_spec("alfworld") is None:
+            raise UserError("--env alfworld needs the game engine: pip install alfworld")
+        data = os.environ.get("ALFWORLD_DATA") or os.path.expanduser("~/.cache/alfworld")
+        if not os.path.isdir(os.path.join(data, "json_2.1.1")):
+            raise UserError(f"no games in {data}: set ALFWORLD_DATA to the folder with json_2.1.1 (alfworld-download)")
+        os.environ["ALFWORLD_DATA"] = data  # before the first import of alfworld, which reads it or makes a folder up
+        root = os.path.join(data, "json_2.1.1", split)
+        with quiet_engine():
+            gamefiles = self.alfred_env(root).game_files
+        if not gamefiles:
+            raise UserError(f"no games in {root}: use a --split of {sorted(os.listdir(os.path.dirname(root)))} "
+                            "or run alfworld-download")
+        tasks = []
+        for gamefile in gamefiles:
+            task_id = os.path.relpath(os.path.dirname(gamefile), root).replace(os.sep, "/")
+            with open(gamefile) as f:
+                goal = re.search(r'Your task is to: (.*?)"', json.load(f)["grammar"]).group(1)
+            tasks.append({"id": task_id, "task": goal, "type": task_id.split("-")[0], "gamefile": gamefile})
+        return sorted(tasks, key=lambda task: task["id"])  # the engine's order is the file system's
+
+    def reset(self, task):
+        """Start a game -> the first human turn: instruction, room and task."""
+        with quiet_engine():
+           # one environment for all games: each new one loads another copy of the planner and never lets go of it
+            if self.env is None:
+                self.env = self.alfred_env(os.path.dirname(task["gamefile"])).init_env(batch_size=1)
+            self.env.gamefiles = [task["gamefile"]]  # it draws games from a shuffled pool: make this one the pool
+            self.env.seed()
+            observations, infos = self.env.reset()
+        self.admissible = infos["admissible_commands"][0]
+        return self.instruction + "\n\n" + observations[0].split("\n\n", 1)[1].strip()  # without the line of welcome
+
+    def step(self, action):
+        """One action, None if the reply had none -> (observation, reward, done, {"won", "invalid"})."""
+        if action is None:
+            text = "Observation: Error: the reply has no line 'Action: <your next action>'."
+            return text, 0.0, False, {"won": False, "invalid": True}
+        for pattern, wording in WORDINGS:
+            if action not in self.admissible and (other := re.sub(f"^{pattern}$", wording, action)) in self.admissible:
+                action = other
+        observations, _, dones, infos = self.env.step([action])
+        self.admissible, won = infos["admissible_commands"][0], bool(infos["won"][0])
+       # ETO's transcripts, like ReAct's, leave "You arrive at loc 7." out
+        text = re.sub(r"^You arrive at [^.]*\. ", "", observations[0].strip())
+        return "Observation: " + text, float(won), bool(dones[0]), {"won": won, "invalid": text == "Nothing happens."}
+
+    @staticmethod
+    def parse_action(reply):
+        """The text after the first "Action:" up to the end of its line; None if there is none."""
+        match = re.search(r"Action:[ \t]*(\S[^\n]*)", reply)
+        return match and match.group(1).strip()
+
+
+def load_game(spec):
+    """"alfworld", or "module:Class" of a module that is installed or in the current folder -> the class of the game."""
+    if spec == "alfworld":
+        return AlfworldGame
+    module, _, name = spec.partition(":")
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--env takes alfworld or module:Class; {spec} cannot be loaded: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many games at once
+
+class Crash(str):
+    """Why a game could not go on; stands where its answer would."""
+
+
+def ask(games, make_game, slot, method, argument):
+    """reset or step of one slot's game -> (answer or Crash, milliseconds): nothing that a game raises gets further."""
+    start = time.perf_counter()
+    try:
+        if method == "reset" and slot not in games:
+            games[slot] = make_game()
+       # no game: its process was started anew since
+        answer = getattr(games[slot], method)(argument) if slot in games else Crash("its process died in another game")
+    except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
+        games.pop(slot, None)
+        answer = Crash(f"{type(error).__name__}: {error}")
+    return answer, 1000 * (time.perf_counter() - start)
+
+
+def serve(make_game, pipe, evaluator_ends):
+    """A worker process: answers until the evaluator's end of its pipe is closed, if only by the evaluator's death."""
+    for end in evaluator_ends:  # inherited copies, which would outlive the evaluator
+        end.close()
+    gc.freeze()  # the collector would write to, and so copy, all the pages that fork shares
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluator
+    games = {}
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(ask(games, make_game, *pipe.recv()))
+
+
+class GameWorkers:
+    """One game per slot 0, 1, 2, ...; slot s lives in process s % num_workers, or in this process if num_workers is 0.
+
+    reset({slot: task}) -> {slot: first human turn}; step({slot: action}) -> {slot: (observation, reward, done, info)}.
+    The processes work at the same time. A Crash as the answer ends that slot's game and no other's, unless they shared
+    a process and it died. `ms` holds the duration of each slot's last request."""
+
+    def __init__(self, make_game, num_workers=0):
+        self.make_game, self.games, self.ms = make_game, {}, {}
+        self.workers = [None] * num_workers  # (process, our end of its pipe)
+        for index in range(num_workers):
+            self.start(index)
+
+    def start(self, index):
+       # fork, as torch's DataLoader does: ready in 0.05 s with 20 MB of its own, where spawn would import torch again
+       # in each worker (3 s, 170 MB). Safe after the model is loaded too: games use neither torch nor the GPU.
+        context = multiprocessing.get_context("fork")
+        pipe, worker_end = context.Pipe()
+        self.workers[index] = None
+        ends = [worker[1] for worker in self.workers if worker] + [pipe]
+        process = context.Process(target=serve, args=(self.make_game, worker_end, ends), daemon=True)
+        process.start()
+        worker_end.close()
+        self.workers[index] = process, pipe
+
+    def reset(self, tasks):
+        return self.request("reset", tasks)
+
+    def step(self, actions):
+        return self.request("step", actions)
+
+    def request(self, method, arguments):
+        if not self.workers:
+            replies = {slot: ask(self.games, self.make_game, slot, method, arguments[slot]) for slot in arguments}
+            self.ms.update({slot: ms for slot, (_, ms) in replies.items()})
+            return {slot: answer for slot, (answer, _) in replies.items()}
+        answers, waiting, busy = {}, list(arguments), {}  # busy: {pipe: (worker, slot)}, one request per worker
+        while waiting or busy:
+            for slot in list(waiting):
+                index = slot % len(self.workers)
+                pipe = self.workers[index][1]
+                if pipe not in busy:
+                    waiting.remove(slot)
+                    busy[pipe] = index, slot
+                    with contextlib.suppress(OSError):  # died since its last answer: the read below says so
+                        pipe.send((slot, method, arguments[slot]))
+            for pipe in multiprocessing.connection.wait(busy):
+                index, slot = busy.pop(pipe)
+                try:
+                    answers[slot], self.ms[slot] = pipe.recv()
+                except (EOFError, OSError):
+                    process = self.workers[index][0]
+                    process.join()
+                    pipe.close()
+                    answers[slot] = Crash(f"the game's process died with exit code {process.exitcode}")
+                    self.start(index)
+        return answers
+
+    def close(self):
+        for process, pipe in self.workers:
+            pipe.close()
+            process.join()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# messages
+
+SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_template", "max_plan_tokens", "env", "split",
+            "max_steps", "max_new_tokens", "temperature", "seed", "torch_dtype"]  # what an episode's result depends on
+
+
+def read_info(path):
+    """latent_adapter.json of an actor, {} for a plain model."""
+    load_config(path)
+    info = os.path.join(path, "latent_adapter.json")
+    return read_json(info) if os.path.exists(info) else {}
+
+
+def message_row(actor, messages, n, variant, seed, source, tasks):
+    """The first prompt of game n under a variant, as a row for `collate`. messages: its turns so far (one human);
+    source: (shards, share of the rows to keep)."""
+    tokenizer, task_id, (shards, keep) = actor.tokenizer, tasks[n]["id"], source
+    if variant in ("no_comm", "no_cot"):
+        before, after = render_turn(tokenizer, messages, where=task_id)
+        return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
+    before, after = render_turn(tokenizer, messages, actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT), where=task_id)
+    plan_ids, latents = [], None
+    if variant in ("text", "cot_full"):
+        record = shards.records[task_id]
+        plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
+    elif variant == "cross_task":
+        latents = shards[tasks[another_task(n, [t["task"] for t in tasks], "cross_task", seed, task_id)]["id"]]
+    elif variant in PERTURBATIONS:
+        latents = perturb(variant, shards[task_id], seed, task_id)
+    else:
+        latents = shards[task_id]
+    if latents is not None:
+        latents = latents[:round(keep * len(latents))]
+    row = assemble(before, after, [-100] * len(after), plan_ids, latents, tenths=10 if plan_ids else 0)
+    return row | {"message_rows": len(plan_ids) if latents is None else len(latents)}
+
+
+def check_messages(actor_path, info, variant, shards, tasks):
+    """Everything that can be wrong with a variant's messages, before any model is loaded."""
+    if variant in ("no_comm", "no_cot"):
+        return
+    if variant in LATENT_VARIANTS and info.get("message") != "latent":
+        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor that "
+                        f"train_actor.py wrote with --message latent")
+    if shards is None:
+        raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
+    missing = [t["id"] for t in tasks if t["id"] not in shards]
+    if missing:
+        raise UserError(f"{shards.directory} has no message for {len(missing)} games, the first {missing[0]}: run collect.py "
+                        f"on these games, or give --sender")
+    if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
+        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
+                        f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
+    empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
+    if variant in ("text", "cot_full") and empty:
+        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many conversations, one growing cache
+
+class CachedChat:
+    """B conversations over one KV cache that only grows: each turn reads its new tokens, never the history again.
+
+    A row's cache may have holes, where it waited for the others; the mask hides them and position ids skip them, so
+    each reply is what the row would have said alone."""
+
+    def __init__(self, actor):
+        self.lm, self.cache, self.mask = actor.lm, DynamicCache(), None  # mask (B, T), T the cache's length
+
+    def read(self, inputs_embeds, mask):
+        """Append a right-padded block (B, T, D), mask (B, T) -> logits after each row's last real token (B, V)."""
+        seen = 0 if self.mask is None else self.mask.sum(1, keepdim=True)
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        position_ids = (seen + mask.cumsum(1) - 1).clamp(min=0)
+        out = self.lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=self.mask, position_ids=position_ids,
+                                    past_key_values=self.cache, use_cache=True)
+        last = (mask.sum(1) - 1).clamp(min=0)
+        return lm_logits(self.lm, out.last_hidden_state[torch.arange(len(last), device=last.device), last])
+
+    def reply(self, logits, stop_ids, max_new_tokens, temperature, generators):
+        """Decode all rows until each has said a stop token -> lists of ids, without it. A reply's last id is in the
+        cache only if the reply ended by itself; one that was cut is completed by the next read (see `play`)."""
+        B, device = len(logits), logits.device
+        replies, open_rows = [[] for _ in range(B)], list(range(B))
+        for step in range(max_new_tokens):
+            if temperature > 0:  # one uniform number per token, from the episode's own generator
+                cdf = (logits / temperature).double().softmax(-1).cumsum(-1)
+                draw = torch.zeros(B, 1, dtype=torch.float64, device=device)
+                for b in open_rows:
+                    draw[b] = torch.rand((), generator=generators[b], dtype=torch.float64)
+                next_ids = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+            else:
+                next_ids = logits.argmax(-1)  # (B,)
+            said = next_ids.tolist()
+            open_rows = [b for b in open_rows if said[b] not in stop_ids]
+            for b in open_rows:
+                replies[b].append(said[b])
+            if not open_rows or step + 1 == max_new_tokens:
+                break
+            mask = torch.zeros(B, 1, dtype=torch.long, device=device)
+            mask[open_rows] = 1
+            logits = self.read(self.lm.get_input_embeddings()(next_ids[:, None]), mask)
+        return replies, open_rows
+
+    def keep(self, rows):
+        """Drop all rows but these; columns that no row needs any more are left in place."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+
+@torch.inference_mode()
+def play(actor, jobs, tasks, sources, workers, parse_action, args):
+    """Play jobs [(label, variant, run, game n)] together -> their records, yielded as the episodes end."""
+    tokenizer, device = actor.tokenizer, actor.lm.device
+    limit = getattr(actor.lm.config.get_text_config(), "max_position_embeddings", 2**31)
+    stop_ids, start = {end_of_turn(tokenizer)[-1], tokenizer.eos_token_id}, time.perf_counter()
+    records, messages, generators, blocks, live = [], {}, [], [], []
+    first = workers.reset({slot: tasks[n] for slot, (_, _, _, n) in enumerate(jobs)})
+    for slot, (label, variant, r, n) in enumerate(jobs):
+        task, shards = tasks[n], sources[label][0]
+        record = {"variant": label, "split": args.split, "id": task["id"], "type": task.get("type", ""), "run": r,
+                  "seed": args.seed + r, "success": False, "steps": 0, "invalid": 0, "crash": None, "sender_ms": 0.0,
+                  "actor_ms": 0.0, "env_ms": workers.ms[slot], "wall_ms": 0.0, "tokens": 0, "message_rows": 0,
+                  "task": task["task"], "first_turn": str(first[slot]), "turns": []}
+        records.append(record)
+        generators.append(torch.Generator().manual_seed(seed_for("reply", args.seed + r, label, task["id"])))
+        if isinstance(first[slot], Crash):
+            yield record | {"crash": str(first[slot])}
+            continue
+        messages[slot] = [{"role": "user", "content": first[slot].strip()}]
+        blocks.append(message_row(actor, messages[slot], n, variant, args.seed + r, sources[label], tasks))
+        record["message_rows"] = blocks[-1]["message_rows"]
+        if record["message_rows"]:
+            record["sender_ms"] = shards.records[task["id"]]["sender_ms"]
+        live.append(slot)
+
+    chat = CachedChat(actor)
+    while live:
+        batch = collate(blocks, device)
+        longest = batch["attention_mask"].sum(1) + (0 if chat.mask is None else chat.mask.sum(1)) + args.max_new_tokens
+        if longest.max() > limit:
+            slot = live[longest.argmax()]
+            raise UserError(f"id {records[slot]['id']}: after {records[slot]['steps']} steps the episode needs "
+                            f"{longest.max()} positions, the actor's context has {limit}: lower --max_steps or "
+                            f"--max_new_tokens, or use an actor with a longer context (finished episodes are kept)")
+        clock = time.perf_counter()
+        logits = chat.read(actor.embed(batch), batch["attention_mask"])
+        replies, cut = chat.reply(logits, stop_ids, args.max_new_tokens, args.temperature, [generators[s] for s in live])
+        actor_ms = 1000 * (time.perf_counter() - clock) / len(live)
+        texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
+        answers = workers.step({slot: parse_action(text) for slot, text in zip(live, texts)})
+        blocks, rows = [], []
+        for b, slot in enumerate(live):
+            record, answer = records[slot], answers[slot]
+            record["steps"] += 1
+            record["actor_ms"] += actor_ms
+            record["env_ms"] += workers.ms[slot]
+            record["tokens"] += len(replies[b])
+            if isinstance(answer, Crash):
+                record["crash"], done, observation = str(answer), True, ""
+            else:
+                observation, _, done, info = answer
+                record["success"] = bool(info["won"])  # the released code counts `done`: the step limit as a win
+                record["invalid"] += bool(info.get("invalid"))
+            record["turns"].append({"reply": texts[b], "action": parse_action(texts[b]), "observation": observation})
+            if done or record["success"] or record["steps"] == args.max_steps:
+                yield record | {"wall_ms": 1000 * (time.perf_counter() - start)}
+                continue
+            messages[slot] += [{"role": "assistant", "content": texts[b]}, {"role": "user", "content": observation.strip()}]
+            _, after = render_turn(tokenizer, messages[slot], where=record["id"])
+            pending = replies[b][-1:] if b in cut else []  # the last id of a reply that was cut is not in the cache yet
+            blocks.append(assemble([], pending + after, [-100] * len(pending + after)))
+            rows.append(b)
+        if rows and len(rows) < len(live):
+            chat.keep(rows)
+        live = [live[b] for b in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+METRICS = ["variant", "split", "id", "type", "run", "seed", "success", "steps", "invalid", "crash", "sender_ms", "actor_ms",
+           "env_ms", "wall_ms", "tokens", "tokens_per_s", "message_rows", "peak_memory_gb", "device", "dtype"]
+
+
+def mcnemar(a, b):
+    """Exact two-sided p of a paired test: a, b {episode: success} over the same episodes."""
+    pairs = [(a[k], b[k]) for k in a if k in b]
+    wins, losses = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+    tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1)) / 2 ** (wins + losses)
+    return min(1.0, 2 * tail)
+
+
+def summarize(records, labels):
+    """{label: figures} over episode records; every number in the table and the pictures comes from here."""
+    summary, by_label = {}, {label: [r for r in records if r["variant"] == label] for label in labels}
+    reference = {(r["run"], r["id"]): r["success"] for r in by_label.get("none", [])}
+    for label, rows in by_label.items():
+        if not rows:
+            continue
+        wins, mean = sum(r["success"] for r in rows), lambda key, of=rows: float(np.mean([r[key] for r in of])) if of else None
+        runs = [np.mean([r["success"] for r in rows if r["run"] == k]) for k in sorted({r["run"] for r in rows})]
+        types = sorted({r["type"] for r in rows})
+        summary[label] = {
+            "episodes": len(rows), "success": wins / len(rows), "interval": wilson_interval(wins, len(rows)),
+            "runs": [float(x) for x in runs], "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else None,
+            "steps_success": mean("steps", [r for r in rows if r["success"]]), "steps": mean("steps"),
+            "invalid": mean("invalid"), "crashed": sum(r["crash"] is not None for r in rows),
+            "message_rows": mean("message_rows"), "sender_ms": mean("sender_ms"), "actor_ms": mean("actor_ms"),
+            "env_ms": mean("env_ms"), "tokens_per_s": 1000 * mean("tokens") / max(mean("actor_ms"), 1e-9),
+            "peak_memory_gb": max(r["peak_memory_gb"] for r in rows),
+            "p_against_none": mcnemar({(r["run"], r["id"]): r["success"] for r in rows}, reference) if reference else None,
+            "by_type": {t: float(np.mean([r["success"] for r in rows if r["type"] == t])) for t in types}}
+    return summary
+
+
+def print_table(summary):
+    print(f"\n{'variant':18s} {'success':>7s}  {'95 % interval':13s} {'± runs':>6s} {'steps won/all':>13s} {'crash':>5s} {'rows':>6s} "
+          f"{'sender ms':>9s} {'actor ms':>8s} {'tok/s':>6s} {'GB':>5s} {'p vs none':>9s}")
+    for label, s in summary.items():
+        std, won = (f"{s['std']:.3f}" if s["std"] is not None else "-"), s["steps_success"]
+        p = "-" if s["p_against_none"] is None or label == "none" else f"{s['p_against_none']:.1e}"
+        print(f"{label:18s} {s['success']:7.3f}  [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] {std:>5s} "
+              f"{'-' if won is None else f'{won:.1f}':>8s}/{s['steps']:<4.1f} {s['crashed']:5d} {s['message_rows']:6.1f} "
+              f"{s['sender_ms']:9.1f} {s['actor_ms']:8.1f} {s['tokens_per_s']:6.0f} {s['peak_memory_gb']:5.2f} {p:>9s}")
+
+
+def plot(summary, path):
+    """Success by variant with its intervals, and by task type."""
+    labels, types = list(summary), sorted({t for s in summary.values() for t in s["by_type"]})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6 + 0.9 * len(types), 1.2 + 0.4 * len(labels)), sharey=True,
+                                         width_ratios=[2, max(1, 0.45 * len(types))])
+    success = np.array([summary[label]["success"] for label in labels])
+    low, high = np.array([summary[label]["interval"] for label in labels]).T
+    left.barh(labels, success, xerr=[success - low, high - success], color="tab:blue", capsize=3)
+    left.set(xlim=(0, 1), xlabel="success (95 % Wilson interval)")
+    left.invert_yaxis()
+    grid = np.array([[summary[label]["by_type"].get(t, np.nan) for t in types] for label in labels])
+    right.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for y, x in np.ndindex(grid.shape):
+        right.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", color="white" if grid[y, x] > 0.6 else "black")
+    right.set_xticks(range(len(types)), [t or "all" for t in types], rotation=30, ha="right")
+    right.set_title("by task type", fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def write_csv(path, columns, rows):
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate(args):
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    variants = list(dict.fromkeys("none" if v == "latent" else v for v in args.variants))
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
+    if args.latent_steps and (min(args.latent_steps) < 1 or not args.sender):
+        raise UserError("--latent_steps takes numbers of at least 1, and needs --sender")
+    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
+        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
+    game = load_game(args.env)
+    parse_action = getattr(game, "parse_action", str.strip)
+    tasks = game().tasks(args.split)[:args.num_episodes]
+    if not tasks:
+        raise UserError(f"{args.env} has no games in split {args.split}")
+
+    # actors by variant; their headers are enough for all checks
+    paths = {variant: args.model_path for variant in variants}
+    infos = {path: read_info(path) for path in [args.model_path, *args.baseline_path]}
+    for variant, message in (("cot_full", "text"), ("no_cot", "none")):
+        if variant in variants:
+            fitting = [p for p in args.baseline_path if infos[p].get("message") == message]
+            if not fitting:
+                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and give "
+                                f"it in --baseline_path")
+            paths[variant] = fitting[0]
+    for variant in variants:
+        if variant == "text" and load_tokenizer(paths[variant]).convert_tokens_to_ids(BOP) is None:
+            raise UserError(f"{paths[variant]} knows no {BOP}, so it cannot read a text message: give a trained actor")
+
+    # what is on disk is not played again, if it was played with the same settings
+    settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    settings_path = os.path.join(args.output_path, "settings.json")
+    if os.path.exists(settings_path) and (before := read_json(settings_path)) != settings:
+        changed = ", ".join("--" + k for k in settings if before.get(k) != settings[k])
+        raise UserError(f"{args.output_path} has results with another {changed}: give another --output_path")
+
+    # messages: stored, or from a live sender, which is stage 1 run on these games
+    shards = {}  # suffix of the label -> LatentShards
+    if args.hidden_data:
+        shards[""] = open_shards(args.hidden_data)
+    if args.sender and rank == 0:
+        write_json(os.path.join(args.output_path, "sender_tasks.json"), tasks)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        dist.barrier()
+    for steps in (args.latent_steps or [None]) if args.sender else []:
+        directory = os.path.join(args.output_path, f"messages_k{steps}" if steps else "messages")
+        collect.main([
+            "alfworld" if args.env == "alfworld" else "custom", "--model_name_or_path", args.sender, "--dataset_path",
+            os.path.join(args.output_path, "sender_tasks.json"), "--output_dir", directory, "--torch_dtype", args.torch_dtype,
+            "--batch_size", str(args.batch_size), "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
+            *(["--latent_steps", str(steps)] if steps else []),
+            *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
+        if world > 1:
+            dist.barrier()
+        shards[f"_k{steps}" if steps else ""] = open_shards(directory)
+    sources, plans = {}, next(iter(shards.values()), None)  # label -> (shards, share to keep); label -> variant
+    variant_of = {}
+    for variant in variants:
+        rows = [("", plans, 1.0)]
+        if variant in LATENT_VARIANTS:
+            rows = [(suffix + ("" if keep == 1 else f"_keep{keep:g}"), s, keep) for suffix, s in shards.items()
+                    for keep in args.keep_ratio] or rows
+        for suffix, s, keep in rows:
+            check_messages(paths[variant], infos[paths[variant]], variant, s, tasks)
+            sources[variant + suffix], variant_of[variant + suffix] = (s, keep), variant
+    write_json(settings_path, settings) if rank == 0 else None
+
+    # play
+    if args.env_workers is None:
+        args.env_workers = min(os.cpu_count(), args.batch_size) if args.env == "alfworld" else 0
+    workers = GameWorkers(game, args.env_workers)  # forked before a model is in memory
+
+    def episode_path(label, r, n):
+        return os.path.join(args.output_path, "episodes", label, f"run{r}", quote(tasks[n]["id"], safe="") + ".json")
+
+    jobs = [(label, variant, r, n) for label, variant in variant_of.items() for r in range(args.runs) for n in range(len(tasks))]
+    jobs = [job for job in jobs[rank::world] if not os.path.exists(episode_path(job[0], *job[2:]))]
+    actors = {}
+    bar = tqdm(total=len(jobs), desc="play", unit="episode", disable=rank > 0 or None)
+    for path in dict.fromkeys(paths.values()):
+        pending = [job for job in jobs if paths[job[1]] == path]
+        if not pending:
+            continue
+        actor = actors[path] = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code)
+        for i in range(0, len(pending), args.batch_size):
+            for record in play(actor, pending[i:i + args.batch_size], tasks, sources, workers, parse_action, args):
+                memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
+                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+                n = next(k for k, task in enumerate(tasks) if task["id"] == record["id"])
+                write_json(episode_path(record["variant"], record["run"], n), record | {
+                    "tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9), "peak_memory_gb": memory,
+                    "device": device.split(":")[0], "dtype": args.torch_dtype})
+                bar.update()
+        del actor, actors[path]
+    bar.close()
+    workers.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    # the files and the table, from the episodes on disk
+    records = [read_json(episode_path(label, r, n)) for label in variant_of for r in range(args.runs) for n in range(len(tasks))]
+    summary = summarize(records, variant_of)
+    write_json(os.path.join(args.output_path, "summary.json"), {"settings": settings, "variants": summary})
+    write_csv(os.path.join(args.output_path, "results.csv"), ["variant", "run", "id", "type", "success", "steps", "invalid",
+                                                              "crash"], records)
+    if args.enable_timing:
+        write_csv(os.path.join(args.output_path, "performance_metrics.csv"), METRICS, records)
+    plot(summary, os.path.join(args.output_path, "results.png"))
+    print_table(summary)
+    print(f"\nwrote summary.json, results.csv, performance_metrics.csv, results.png and {len(records)} episodes to "
+          f"{args.output_path}")
+    return summary
+
+
+def main(argv=None):
+    parser, args = get_args(argv)
+    return run(parser, evaluate, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,832 @@
+"""
+The method of Interlat (arXiv 2511.09149), whole: agents that talk in latent space instead of text.
+
+A *sender* LLM thinks about a task; instead of its plan's text it hands over the last-layer hidden states
+H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input embeddings between <bop> and <eop>, at the
+end of the first human turn, and then acts. Read in this order:
+
+    1. prompts      one function builds the token ids for training and for evaluation
+    2. adapter      H (L, d_s) -> message rows in the actor's embedding space (L, d_a)
+    3. insertion    rows of ids and latents -> one padded batch of input embeddings
+    4. losses       task, plan similarity, separation; logits only where a label is, chunk by chunk
+    5. actor        LM + adapter
+    6. sender       the student that says it in K latent steps
+    7. messages     perturbations of H, and latent shards on disk
+    8. data         training rows: conversations with their messages
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as hf_logging
+
+hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
+
+BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
+PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what was expected and found. Scripts exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Prompts: conversations -> token ids and labels
+
+ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
+
+
+def to_messages(conversations, task_turn=0, where="conversation"):
+    """[{"from", "value"}] -> [{"role", "content"}]. task_turn t > 0 folds turns 0 and t into the first human turn and
+    drops what lies between (ETO's files open with instruction, "OK", task). Raises UserError naming `where`."""
+    if not isinstance(conversations, list) or not conversations:
+        raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
+    messages = []
+    for turn in conversations:
+        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+            raise UserError(f"{where}: each turn needs 'from' (one of {', '.join(ROLES)}) and a text 'value', "
+                            f"found {str(turn)[:80]}")
+        # many templates trim, so everything is trimmed: training and evaluation then agree under any template
+        messages.append({"role": ROLES[turn["from"]], "content": turn["value"].strip()})
+    if task_turn:
+        if len(messages) <= task_turn:
+            raise UserError(f"{where}: --task_turn {task_turn}, but the conversation has {len(messages)} turns")
+        task = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[task_turn]["content"]}
+        messages = [task] + messages[task_turn + 1:]
+    roles = [m["role"] for m in messages]
+    if "user" not in roles or "assistant" in roles[:roles.index("user")]:
+        raise UserError(f"{where}: a conversation starts with a human turn (after an optional system turn)")
+    return messages
+
+
+def text_ids(tokenizer, text):
+    """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def special_ids(tokenizer):
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def render_turn(tokenizer, messages, announcement=None, add_generation_prompt=True, where="conversation"):
+    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of ints.
+
+    The tokenizer's own chat template is rendered with a mark in place of each turn's text, so template and text are
+    told apart exactly, whatever the template. Where the first human turn is part of the answer, the message goes
+    between `before` (which then ends with the announcement and <bop>) and `after` (which starts with <eop>);
+    announcement None leaves all of that out. Training and evaluation build every prompt here, turn by turn."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
+                        f"set tokenizer.chat_template and save it")
+    roles = [m["role"] for m in messages]
+    first = roles.index("user") if "user" in roles else -1
+    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
+    marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as e:  # jinja's TemplateError: roles that must alternate, no system turn allowed, ...
+        raise UserError(f"{where}: the chat template refuses the turns {' '.join(roles)}: {e}") from None
+    pieces = re.split("\ue000(\\d+)\ue001", text)  # template, turn number, template, turn number, ..., template
+    turns = [int(n) for n in pieces[1::2]]
+    start = turns.index(last) + 1 if last in turns else 0
+    if sorted(turns[start:]) != list(range(last + 1, len(roles))):
+        raise UserError(f"{where}: the chat template drops or repeats a turn ({' '.join(roles)})")
+    before, after = [], []
+    ids = before if first > last else after
+    ids += tokenizer(pieces[2 * start], add_special_tokens=False).input_ids
+    for n in range(start, len(turns)):
+        content = messages[turns[n]]["content"]
+        if turns[n] == first and announcement is not None:
+            ids += text_ids(tokenizer, f"{content}\n{announcement}") + [tokenizer.convert_tokens_to_ids(BOP)]
+            after.append(tokenizer.convert_tokens_to_ids(EOP))
+        else:
+            ids += text_ids(tokenizer, content)
+        if turns[n] == first:
+            ids = after
+        ids += tokenizer(pieces[2 * n + 2], add_special_tokens=False).input_ids
+    return before, after
+
+
+def end_of_turn(tokenizer):
+    """Ids with which the template closes an assistant turn, up to its first special token (ChatML: <|im_end|>)."""
+    turn = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+    ids, special = render_turn(tokenizer, turn, add_generation_prompt=False)[1], special_ids(tokenizer)
+    for n, token in enumerate(ids):
+        if token in special:
+            return ids[:n + 1]
+    raise UserError(f"the chat template of {tokenizer.name_or_path} ends assistant turns without a special token, so "
+                    f"a reply would never end: use a template that writes the end-of-turn token")
+
+
+def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
+    """A training row -> (before, after, labels): the message goes between `before` and `after`; labels (for `after`)
+    are the ids of every assistant token including its end of turn, -100 elsewhere. No label ever lies in `before`."""
+    before, after, labels = [], [], []
+    eot = end_of_turn(tokenizer)
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        head, tail = render_turn(tokenizer, messages[:k], announcement, where=where)
+        reply = text_ids(tokenizer, message["content"])
+        n_eot = len(eot) if labels else 0  # a later prompt opens with the end of the reply before it
+        before += head
+        labels += tail[:n_eot] + [-100] * (len(tail) - n_eot) + reply
+        after += tail + reply
+    if not labels:
+        raise UserError(f"{where}: no assistant turn, nothing to learn from")
+    return before, after + eot, labels + eot
+
+
+def plan_ids_for(tokenizer, plan, plan_token_ids):
+    """Ids of the plan in this tokenizer: the sender's own ids where both share a vocabulary, else the text's."""
+    if plan_token_ids and max(plan_token_ids) < len(tokenizer):
+        if tokenizer.decode(plan_token_ids, skip_special_tokens=True).strip() == plan.strip():
+            return list(plan_token_ids)
+    return text_ids(tokenizer, plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Adapter: sender states -> actor embeddings
+
+class AdaptiveProjection(nn.Module):
+    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o, with s and g learned scalars. (B, L, D) -> same."""
+
+    def __init__(self, dim, scale=0.2, output_scale=0.1):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.output_scale = nn.Parameter(torch.tensor(float(output_scale)))
+        self.fc_in, self.norm, self.fc_out = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, dim)
+        nn.init.normal_(self.fc_in.weight, std=0.02)
+        nn.init.xavier_uniform_(self.fc_out.weight, gain=0.01)  # starts next to the identity
+        nn.init.zeros_(self.fc_in.bias)
+        nn.init.zeros_(self.fc_out.bias)
+
+    def forward(self, hidden_states):
+        r = self.scale * hidden_states
+        return self.output_scale * (r + self.fc_out(self.norm(F.gelu(self.fc_in(r)))))
+
+
+class HiddenStateProcessor(nn.Module):
+    """The adapter: raw sender states (B, L, d_s) -> message rows (B, L, d_a) of the size of the actor's embeddings.
+
+    `output_scale` starts at (RMS of the actor's token embeddings) / scale: the LayerNorm before it gives RMS 1, so a
+    message starts as loud as a word. The paper's code fixes 0.1, which is this for Qwen's table only."""
+
+    def __init__(self, sender_dim, dim, num_heads=8, dropout=0.1, scale=0.2, output_scale=0.1):
+        super().__init__()
+        self.sender_dim = sender_dim
+        self.input_projector = nn.Linear(sender_dim, dim) if sender_dim != dim else nn.Identity()
+        self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.projection = AdaptiveProjection(dim, scale, output_scale)
+
+    def forward(self, hidden_states, mask):
+        """hidden_states (B, L, d_s), mask (B, L) bool, True where a row is real. Padding is never attended to."""
+        n = self.norm_in(self.input_projector(hidden_states))  # (B, L, D)
+        empty = ~mask.any(dim=1, keepdim=True)  # a message of no rows: attend to padding rather than to nothing (NaN)
+        a, _ = self.attention(n, n, n, key_padding_mask=~(mask | empty), need_weights=False)
+        return self.projection(self.norm_out(n + a))
+
+
+def embedding_rms(lm):
+    """Root mean square of the LM's token-embedding table."""
+    return lm.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Insertion: ids and latents -> one batch
+
+def assemble(before, after, labels, plan_ids=(), latents=None, tenths=0):
+    """One row. The first floor(r*L) positions of the message carry the plan's tokens, the rest latents, r = tenths/10.
+
+    Paper: plan prefix, latent suffix, r in {0, ..., 1}; the released code has them swapped and never reaches r = 0,
+    the pure latent message that evaluation uses. Sender and actor may tokenize the plan differently, so each part is
+    cut at r of its own length. r = 1 is the text message; no plan and no latents: no message."""
+    length = 0 if latents is None else len(latents)
+    plan = list(plan_ids[:tenths * len(plan_ids) // 10])
+    skip = tenths * length // 10
+    return {"input_ids": before + plan + [0] * (length - skip) + after,  # the 0s are overwritten by latents
+            "labels": [-100] * (len(before) + len(plan) + length - skip) + labels,
+            "start": len(before) + len(plan), "skip": skip, "latents": latents}
+
+
+def collate(rows, device="cpu"):
+    """Rows of `assemble` -> a right-padded batch: input_ids, attention_mask, labels, message_mask (B, T) and, where a
+    row has latents, latents (B, L, d_s) with latents_mask (B, L) and keep_mask (B, L), the latents that are used."""
+    B, T = len(rows), max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": torch.zeros(B, T, dtype=torch.long), "labels": torch.full((B, T), -100),
+             "attention_mask": torch.zeros(B, T, dtype=torch.long), "message_mask": torch.zeros(B, T, dtype=torch.bool)}
+    for b, row in enumerate(rows):
+        t = len(row["input_ids"])
+        batch["input_ids"][b, :t] = torch.tensor(row["input_ids"])
+        batch["labels"][b, :t] = torch.tensor(row["labels"])
+        batch["attention_mask"][b, :t] = 1
+    lengths = [0 if row["latents"] is None else len(row["latents"]) for row in rows]
+    if max(lengths) > 0:
+        dim = next(row["latents"].shape[1] for row in rows if row["latents"] is not None)
+        batch["latents"] = torch.zeros(B, max(lengths), dim)
+        batch["latents_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
+        batch["keep_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
+        for b, (row, length) in enumerate(zip(rows, lengths)):
+            if length:
+                batch["latents"][b, :length] = row["latents"].float()
+                batch["latents_mask"][b, :length] = True
+                batch["keep_mask"][b, row["skip"]:length] = True
+                batch["message_mask"][b, row["start"]:row["start"] + length - row["skip"]] = True
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Losses, all per supervised position; log-probabilities are fp32
+
+def kl_divergence(log_p, log_q):
+    """KL(p || q) per position in nats. log_p, log_q (N, V) -> (N,)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def js_divergence(log_p, log_q):
+    """Jensen-Shannon divergence per position, 0 <= JS <= ln 2, symmetric. (N, V), (N, V) -> (N,).
+    The released code swaps KL's arguments, which is neither bounded nor JS."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m))
+
+
+def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
+    """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)) per position. The direction of KL is the released
+    code's (the paper writes it reversed); the cosine is of probabilities, per position. -> (N,), (N,), (N,)."""
+    kl = kl_divergence(log_p_plan, log_p)
+    distance = 1 - F.cosine_similarity(log_p_plan.exp(), log_p.exp(), dim=-1)
+    return beta * kl + alpha * distance, kl, distance
+
+
+def adaptive_weight(ceiling, loss, scale):
+    """Between ceiling / 10 and ceiling, growing with the (detached) loss: a term that is satisfied steps back."""
+    return ceiling * min(max(loss / scale, 0.1), 1.0)
+
+
+def scale_logits(config, logits):
+    """The last touch that some families give to logits (Gemma's soft cap, Granite's and Cohere's scale)."""
+    if getattr(config, "logits_scaling", None):
+        logits = logits / config.logits_scaling
+    if getattr(config, "logit_scale", None):
+        logits = logits * config.logit_scale
+    if getattr(config, "final_logit_softcapping", None):
+        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+    return logits
+
+
+def lm_logits(lm, hidden_states):
+    """Post-norm states (..., D) -> logits (..., V), fp32."""
+    return scale_logits(lm.config.get_text_config(), lm.get_output_embeddings()(hidden_states).float())
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """Sum of a loss over N positions through the output head, without ever holding (N, V).
+
+    Each chunk's logits live only inside the loop: its gradient is formed at once, in the forward pass, as
+    d loss / d hidden (n, D) and d loss / d weight (V, D), and the logits are dropped. Recomputing them in the backward
+    pass would cost one more product with the head per branch."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, config, loss_fn, chunk):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs = needs_hidden or needs_weight
+        grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        total, stats = hidden_states.new_zeros((), dtype=torch.float32), None
+        for i in range(0, len(hidden_states), chunk):
+            h = hidden_states[i:i + chunk]  # (n, D)
+            logits = F.linear(h, weight, bias).requires_grad_(needs)  # (n, V); a leaf: autograd is off in here
+            with torch.enable_grad():
+                loss, values = loss_fn(scale_logits(config, logits.float()), slice(i, i + chunk))
+            if needs:
+                grad, = torch.autograd.grad(loss, logits)  # (n, V)
+                if needs_hidden:
+                    grad_hidden[i:i + chunk] = grad @ weight
+                if needs_weight and grad.dtype == h.dtype == weight.dtype:
+                    grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
+                elif needs_weight:
+                    grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
+                if needs_bias:
+                    grad_bias += grad.sum(0)
+            total += loss.detach()
+            stats = values.detach() if stats is None else stats + values.detach()
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(stats)
+        return total, stats
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), None, None, None
+
+
+def head_loss(lm, hidden_states, loss_fn, chunk=None):
+    """Sum over positions of loss_fn(logits (n, V) fp32, slice) -> (loss, stats). hidden_states (N, D)."""
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    chunk = chunk or max(16, 2**24 // head.weight.shape[0])  # about 64 MB per fp32 tensor of (chunk, V)
+    return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn, chunk)
+
+
+def supervised(hidden_states, labels):
+    """The states that predict a label: token t is predicted from position t-1, in CE and in the auxiliary losses
+    (the released code forgets the shift in the latter). (B, T, D), (B, T) -> (N, D), (N,)."""
+    mask = labels[:, 1:] != -100
+    return hidden_states[:, :-1][mask], labels[:, 1:][mask]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Actor: LM + adapter
+
+class LatentActor(nn.Module):
+    """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message baselines.
+
+    `info` is what latent_adapter.json holds: message kind, announcement, sender width, heads."""
+
+    def __init__(self, lm, tokenizer, adapter=None, info=None):
+        super().__init__()
+        self.lm, self.tokenizer, self.adapter, self.info = lm, tokenizer, adapter, info or {}
+
+    def embed(self, batch):
+        """A batch of `collate` -> inputs_embeds (B, T, D), latents in their places."""
+        inputs_embeds = self.lm.get_input_embeddings()(batch["input_ids"])
+        if "latents" in batch:
+            message = self.adapter(batch["latents"], batch["latents_mask"])[batch["keep_mask"]]  # (rows, D)
+            inputs_embeds = inputs_embeds.masked_scatter(batch["message_mask"].unsqueeze(-1),
+                                                         message.to(inputs_embeds.dtype))
+        return inputs_embeds
+
+    def states(self, batch):
+        """Last-layer states at supervised positions -> (N, D), labels (N,)."""
+        out = self.lm.get_decoder()(inputs_embeds=self.embed(batch), attention_mask=batch["attention_mask"],
+                                    use_cache=False)
+        return supervised(out.last_hidden_state, batch["labels"])
+
+    def forward(self, batch, plan_batch=None, other_batch=None, align_weight=0.0, sep_weight=0.0):
+        """Summed training loss over supervised positions and its parts (5,): task, align, kl, cosine, sep.
+
+        L = L_task + w_sep (ln 2 - JS(p_H, p_N)) + w_align (beta KL(p_P || p_H) + alpha (1 - cos)), where H reads the
+        latent message, P the plan as text (plan_batch), N another task's message (other_batch). P and N carry no
+        gradient. Divide by the number of labels for the mean over S."""
+        hidden_states, labels = self.states(batch)  # (N, D), (N,)
+        with torch.no_grad():
+            plan_states = self.states(plan_batch)[0] if plan_batch is not None else None
+            other_states = self.states(other_batch)[0] if other_batch is not None else None
+
+        def loss_fn(logits, part):
+            log_probs = F.log_softmax(logits, dim=-1)  # (n, V)
+            task = F.nll_loss(log_probs, labels[part], reduction="sum")
+            align = kl = cosine = sep = task.new_zeros(())
+            if plan_states is not None:
+                with torch.no_grad():
+                    log_p_plan = F.log_softmax(lm_logits(self.lm, plan_states[part]), dim=-1)
+                align, kl, cosine = (x.sum() for x in plan_similarity(log_p_plan, log_probs))
+            if other_states is not None:
+                with torch.no_grad():
+                    log_p_other = F.log_softmax(lm_logits(self.lm, other_states[part]), dim=-1)
+                sep = (math.log(2) - js_divergence(log_probs, log_p_other)).sum()
+            return task + align_weight * align + sep_weight * sep, torch.stack([task, align, kl, cosine, sep])
+
+        return head_loss(self.lm, hidden_states, loss_fn)
+
+    def save(self, directory):
+        """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json."""
+        self.lm.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        if self.adapter is not None:  # s and g are parameters, so their learned values are saved, not the initial ones
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.adapter.state_dict().items()},
+                      os.path.join(directory, "latent_adapter.safetensors"))
+        write_json(os.path.join(directory, "latent_adapter.json"), self.info)
+
+    @classmethod
+    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):
+        """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval mode."""
+        lm, tokenizer = load_lm(directory, dtype, trust_remote_code), load_tokenizer(directory, trust_remote_code)
+        path, adapter = os.path.join(directory, "latent_adapter.json"), None
+        info = read_json(path) if os.path.exists(path) else {}
+        if info.get("message") == "latent":
+            adapter = HiddenStateProcessor(info["sender_hidden_size"], lm.get_input_embeddings().weight.shape[1],
+                                           info["num_heads"])
+            try:
+                adapter.load_state_dict(load_file(os.path.join(directory, "latent_adapter.safetensors")))
+            except (OSError, SafetensorError, RuntimeError) as e:
+                raise UserError(f"{directory}/latent_adapter.safetensors does not fit latent_adapter.json: {e}") from None
+            adapter.to(lm.dtype)
+        return cls(lm, tokenizer, adapter, info).to(device).eval()
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    """The model's own tokenizer. Raises UserError with the path."""
+    try:
+        # a tokenizer saved without a family is loaded as it was saved: AutoTokenizer would take the model's family's
+        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"no tokenizer at {path}: {str(e).splitlines()[0]}") from None
+
+
+def load_config(path, trust_remote_code=False):
+    """The model's config, cheap: sizes are checked before any weight is read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"no model at {path}: {str(e).splitlines()[0]}") from None
+
+
+def load_lm(path, dtype="fp32", trust_remote_code=False):
+    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32)."""
+    load_config(path, trust_remote_code)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"cannot load the model at {path}: {str(e).splitlines()[0]}") from None
+
+
+def add_markers(tokenizer):
+    """Make <bop> and <eop> single tokens -> the ids that are new (none if the tokenizer has them already)."""
+    n = tokenizer.add_tokens([BOP, EOP], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids([BOP, EOP])[2 - n:]
+
+
+def init_markers(lm, new_ids):
+    """Give new tokens rows at the mean of the table, in and out; the table grows only if it must (Qwen's has spares)."""
+    if not new_ids:
+        return
+    if max(new_ids) >= lm.get_input_embeddings().weight.shape[0]:
+        lm.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
+    for table in {id(t.weight): t for t in (lm.get_input_embeddings(), lm.get_output_embeddings())}.values():
+        table.weight.data[new_ids] = table.weight.data[:min(new_ids)].mean(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Sender in K latent steps (paper, section on compression)
+
+class LatentSender(nn.Module):
+    """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned start vector,
+    each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and starting at the identity."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm, dim = lm, lm.get_input_embeddings().weight.shape[1]
+        self.start = nn.Parameter(lm.get_input_embeddings().weight.detach().float().mean(0))
+        self.norm, self.bridge = nn.LayerNorm(dim), nn.Linear(dim, dim, bias=False)
+        nn.init.constant_(self.norm.weight, embedding_rms(lm))  # a thought enters as loud as a word
+        nn.init.eye_(self.bridge.weight)
+
+    def forward(self, input_ids, attention_mask, steps):
+        """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow through all steps:
+        the KV cache is part of the graph (so no gradient checkpointing of the student, which drops the cache)."""
+        # the mask grows with the cache: with a mask of length 1 the latents would see one prompt token only
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, D)
+        embeds = torch.cat([embeds, self.start.to(embeds.dtype).expand(len(embeds), 1, -1)], dim=1)  # (B, T + 1, D)
+        cache, latents = DynamicCache(), []
+        for _ in range(steps):
+            out = self.lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True,
+                                        position_ids=position_ids, past_key_values=cache)
+            latents.append(out.last_hidden_state[:, -1:])  # (B, 1, D)
+            embeds = self.bridge(self.norm(latents[-1])).to(embeds.dtype)
+            attention_mask, position_ids = F.pad(attention_mask, (0, 1), value=1), position_ids[:, -1:] + 1
+        return torch.cat(latents, dim=1)
+
+    def bridge_state(self):
+        return {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("lm.")}
+
+    @classmethod
+    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):
+        """A student directory, or any causal LM (then with an untrained bridge). In eval mode."""
+        sender = cls(load_lm(directory, dtype, trust_remote_code))
+        path = os.path.join(directory, "latent_bridge.safetensors")
+        if os.path.exists(path):
+            sender.load_state_dict(load_file(path), strict=False)
+        return sender.to(device, DTYPES[dtype]).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Messages: perturbations and shards
+
+def seed_for(*parts):
+    """A 63-bit seed from any values: the same on every machine, rank and restart."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
+
+
+def another_task(n, tasks, *seed):
+    """Index of a sample whose task text differs from sample n's; raises UserError if there is none. Never n itself,
+    for any batch size or number of ranks (the released code's pool holds the sample itself)."""
+    generator = torch.Generator().manual_seed(seed_for("another", *seed))
+    for _ in range(64):
+        other = torch.randint(len(tasks), (), generator=generator).item()
+        if tasks[other] != tasks[n]:
+            return other
+    others = [i for i, task in enumerate(tasks) if task != tasks[n]]
+    if not others:
+        raise UserError("a message of another task is needed, but all tasks are the same: add samples")
+    return others[torch.randint(len(others), (), generator=generator).item()]
+
+
+PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
+
+
+def perturb(variant, latents, *seed):
+    """Destroy a message's structure but keep chosen statistics (paper, ablations). latents (L, d) -> (L, d), fp32.
+
+    covgauss0: Gaussian with H's covariance, zero mean; covgauss1: and H's mean; randomrot: H's own mean and covariance,
+    rows rotated within its row space; covnoise a: H + a * covariance-shaped noise; whitenoise: H + isotropic noise of
+    the same total power."""
+    H = latents.float()
+    L, d = H.shape
+    generator = torch.Generator().manual_seed(seed_for(variant, *seed))
+    mean = H.mean(0, keepdim=True)
+    X = H - mean  # (L, d), centred
+    if variant == "randomrot":
+        U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+        k = int((S > S[0] * max(L, d) * torch.finfo(torch.float32).eps).sum())  # directions under the rank tolerance
+        if k == 0:  # one row, or equal rows: nothing to rotate
+            return H.clone()
+        Q, R = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
+        Q = Q * R.diagonal().sign()  # Haar-distributed
+        # the columns of U sum to zero and are orthonormal, and so are those of U Q: mean and covariance both stay
+        return (U[:, :k] @ Q * S[:k] @ Vh[:k]).float() + mean
+    if variant == "whitenoise":
+        std = (X.pow(2).sum() / max(L - 1, 1) / d).sqrt()  # trace of the covariance, spread evenly
+        return H + std * torch.randn(L, d, generator=generator)
+    noise = torch.randn(L, L, generator=generator) @ X / math.sqrt(max(L - 1, 1))  # rows ~ N(0, cov(H))
+    if variant == "covgauss0":
+        return noise
+    if variant == "covgauss1":
+        return noise + mean
+    if variant.startswith("covnoise"):
+        return H + float(variant[len("covnoise"):]) * noise
+    raise UserError(f"unknown perturbation {variant}: one of {', '.join(PERTURBATIONS)}")
+
+
+def write_shard(path, latents, records, sender):
+    """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan, plan_token_ids, ...}},
+    sender {model, hidden_size, ...}. Atomic: the name appears only when every byte is on disk."""
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous() for k, v in latents.items()}, temporary,
+                  metadata={"records": json.dumps(records), "sender": json.dumps(sender)})
+
+
+class LatentShards:
+    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one row, (L, d_s).
+
+    Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a missing id."""
+
+    def __init__(self, directory):
+        self.directory, self.sender, self.shard_of, self.records, self.lengths, self.open = directory, None, {}, {}, {}, {}
+        names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+        for name in (n for n in names if n.endswith(".safetensors")):
+            path = os.path.join(directory, name)
+            header = self.read_header(path)
+            records, sender = (json.loads(header["__metadata__"][k]) for k in ("records", "sender"))
+            if self.sender is None:
+                self.sender = sender
+            elif sender != self.sender:
+                differ = [k for k in {**sender, **self.sender} if sender.get(k) != self.sender.get(k)]
+                raise UserError(f"{directory} mixes senders: {name} differs from the first shard in {', '.join(differ)}; "
+                                f"keep one sender per directory")
+            for task_id, record in records.items():
+                shape = header.get(task_id, {}).get("shape")
+                if not isinstance(shape, list) or len(shape) != 2 or shape[1] != sender["hidden_size"]:
+                    raise UserError(f"{path}: id {task_id}: expected a tensor (L, {sender['hidden_size']}), found {shape}")
+                if task_id in self.shard_of:
+                    raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the shards")
+                self.shard_of[task_id], self.records[task_id], self.lengths[task_id] = path, record, shape[0]
+
+    @staticmethod
+    def read_header(path):
+        """The JSON header alone, checked against the file's size, so that a truncated shard is found at once."""
+        try:
+            with open(path, "rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(size)) if size < 2**31 else None
+            end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+            if os.path.getsize(path) != 8 + size + end or not {"records", "sender"} <= header["__metadata__"].keys():
+                raise ValueError
+            return header
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError):
+            raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py again, which "
+                            f"collects only what is missing") from None
+
+    @property
+    def hidden_size(self):
+        return self.sender["hidden_size"]
+
+    def __len__(self):
+        return len(self.shard_of)
+
+    def __contains__(self, task_id):
+        return task_id in self.shard_of
+
+    def __getitem__(self, task_id):
+        """The message of one task, (L, d_s) in the stored dtype. Raises UserError for an unknown id and for NaN."""
+        if task_id not in self.shard_of:
+            raise UserError(f"{self.directory} has no message for id {task_id}: run collect.py on this task first")
+        path = self.shard_of[task_id]
+        if path not in self.open:
+            self.open[path] = safe_open(path, framework="pt")
+        latents = self.open[path].get_tensor(task_id)
+        if not torch.isfinite(latents).all():
+            raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect again, "
+                            f"in bf16 or fp32 if the sender overflows fp16")
+        return latents
+
+
+def open_shards(directory):
+    """LatentShards, or one line if the directory is missing or holds none."""
+    if not os.path.isdir(directory):
+        raise UserError(f"no directory {directory}: give the --output_dir of collect.py")
+    shards = LatentShards(directory)
+    if not len(shards):
+        raise UserError(f"{directory} holds no latent shards: run collect.py with --output_dir {directory}")
+    return shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training data: conversations and their messages
+
+class Conversations:
+    """The rows of a file, encoded and checked, in lists by position; messages are read when a batch needs them."""
+
+    def __init__(self, path, args, tokenizer, shards, max_length):
+        announcement = args.plan_announcement if args.message != "none" else None
+        records = read_json(path)
+        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+            raise UserError(f"{path}: expected a list of records with id and conversations")
+        self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
+        self.path, self.lengths, self.n_labels, seen = path, [], [], set()
+        for n, record in enumerate(records):
+            if "id" not in record or "conversations" not in record:
+                raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
+            row_id = str(record["id"])
+            where = f"{path}: id {row_id}"
+            if row_id in seen:
+                raise UserError(f"{where} occurs twice: ids must be unique")
+            seen.add(row_id)
+            messages = to_messages(record["conversations"], args.task_turn, where)
+            before, after, labels = encode_conversation(tokenizer, messages, announcement, where)
+            stored = shards.records[row_id] if shards is not None and row_id in shards else {}
+            plan = record.get("plan") or stored.get("plan", "")
+            plan_ids, rows = [], 0
+            if args.message != "none":
+                plan_ids = plan_ids_for(tokenizer, plan, [] if record.get("plan") else stored.get("plan_token_ids"))
+                if not stored and args.message == "latent" and not self.inline(record):
+                    raise UserError(f"{where} has no message in {args.hidden_data or '--hidden_data (not given)'}: run "
+                                    f"collect.py on this task, or remove the row")
+                if not plan_ids:
+                    raise UserError(f"{where}: empty plan: collect it again, or give the row a 'plan'")
+                rows = shards.lengths[row_id] if stored and not self.inline(record) else len(plan_ids)
+            if rows > args.prepended_length:
+                raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length {args.prepended_length}: "
+                                f"raise it, or collect with --c {args.prepended_length}")
+            length = len(before) + max(rows, len(plan_ids)) + len(after)
+            if length > max_length:
+                raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten "
+                                f"the row, or raise --model_max_length if the model allows it")
+            self.ids.append(row_id)
+            self.tasks.append(next(m["content"] for m in messages if m["role"] == "user"))
+            self.encoded.append((before, after, labels))
+            self.plans.append(plan_ids)
+            self.lengths.append(length)
+            self.n_labels.append(sum(label != -100 for label in labels))
+
+    def __len__(self):
+        return len(self.ids)
+
+    @staticmethod
+    def inline(record):
+        return "hidden_state" in record or "hidden_state_path" in record
+
+    def latents(self, n):
+        """The raw message of row n, (L, d_s): from the row itself, from its file, or from the shards."""
+        record, where = self.records[n], f"{self.path}: id {self.ids[n]}"
+        if not self.inline(record):
+            return self.shards[self.ids[n]]
+        path = record.get("hidden_state_path")
+        try:
+            if path is None:
+                latents = torch.tensor(record["hidden_state"], dtype=torch.float32)
+            elif path.endswith(".npy"):
+                latents = torch.from_numpy(np.load(path))
+            elif path.endswith(".safetensors"):
+                latents, = load_file(path).values()
+            else:
+                latents = torch.load(path, weights_only=True, map_location="cpu")
+            if latents.dim() != 2 or not len(latents) or not torch.isfinite(latents).all():
+                raise ValueError(f"expected finite numbers of shape (L, d), found shape {tuple(latents.shape)}")
+        except Exception as e:  # whatever a foreign file holds, the user hears which row it was
+            raise UserError(f"{where}: cannot read its hidden_state{f' from {path}' if path else ''}: {e}") from None
+        return latents
+
+    def row(self, n, message, tenths=0, source=None):
+        """Row n with the message of row `source` (default its own); tenths of it are plan tokens."""
+        source = n if source is None else source
+        if message == "none":
+            return assemble(*self.encoded[n])
+        if message == "text":
+            return assemble(*self.encoded[n], plan_ids=self.plans[source], tenths=10)
+        return assemble(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), tenths=tenths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and small things that every script uses
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never half of one.
+    Works for a file, or for a directory of a new name."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        yield temporary
+        for root, _, files in os.walk(temporary):
+            for name in files:
+                sync(os.path.join(root, name))
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(os.path.dirname(os.path.abspath(path)))
+    finally:
+        remove(temporary)
+
+
+def remove(path):
+    """Delete a file or a directory, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_text(path, text):
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """Parse .json or .jsonl (a list of records). Raises UserError with the file and the line."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+def wilson_interval(successes, n, z=1.96):
+    """95 % Wilson score interval of a proportion -> (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, centre = successes / n, successes / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def boolean(text):
+    """argparse type of true|false flags."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise ValueError(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong flag in one line, without the page of usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(parser, function, args):
+    """Call a script's body; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return function(args)
+    except UserError as e:
+        parser.exit(2, f"{parser.prog}: error: {e}\n")

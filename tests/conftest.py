@@ -1,0 +1,27 @@
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only get in each other's way
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def refuses(capsys):
+    """Calls a script's main with bad input: it must exit with 2 and one line on stderr that holds every given word."""
+    def call(main, argv, *words):
+        with pytest.raises(SystemExit) as exit_info:
+            main([str(a) for a in argv])
+        error = capsys.readouterr().err.strip()
+        assert exit_info.value.code == 2, error
+        line = error.splitlines()[-1]
+        assert "Traceback" not in error and "error:" in line
+        for word in words:
+            assert str(word) in line, f"{word!r} is not in {line!r}"
+        return line
+    return call
