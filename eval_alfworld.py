@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import gc
 import importlib
 import importlib.util
 import io
@@ -40,7 +41,7 @@ from transformers import DynamicCache
 import collect
 from model import (BOP, DTYPES, PERTURBATIONS, PLAN_ANNOUNCEMENT, LatentActor, Parser, UserError, another_task, assemble,
                    atomic_path, boolean, collate, end_of_turn, lm_logits, load_config, load_tokenizer, open_shards,
-                   perturb, plan_ids_for, read_json, render_turn, run, seed_for, text_ids, wilson_interval, write_json)
+                   perturb, plan_ids_for, read_json, render_turn, run, seed_for, wilson_interval, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -165,7 +166,7 @@ class AlfworldGame:
     def reset(self, task):
         """Start a game -> the first human turn: instruction, room and task."""
         with quiet_engine():
-           # one environment for all games: each new one loads another copy of the planner and never lets go of it
+            # one environment for all games: each new one loads another copy of the planner and never lets go of it
             if self.env is None:
                 self.env = self.alfred_env(os.path.dirname(task["gamefile"])).init_env(batch_size=1)
             self.env.gamefiles = [task["gamefile"]]  # it draws games from a shuffled pool: make this one the pool
@@ -184,7 +185,7 @@ class AlfworldGame:
                 action = other
         observations, _, dones, infos = self.env.step([action])
         self.admissible, won = infos["admissible_commands"][0], bool(infos["won"][0])
-       # ETO's transcripts, like ReAct's, leave "You arrive at loc 7." out
+        # ETO's transcripts, like ReAct's, leave "You arrive at loc 7." out
         text = re.sub(r"^You arrive at [^.]*\. ", "", observations[0].strip())
         return "Observation: " + text, float(won), bool(dones[0]), {"won": won, "invalid": text == "Nothing happens."}
 
@@ -220,18 +221,17 @@ def ask(games, make_game, slot, method, argument):
     try:
         if method == "reset" and slot not in games:
             games[slot] = make_game()
-       # no game: its process was started anew since
+        # no game: its process was started anew since
         answer = getattr(games[slot], method)(argument) if slot in games else Crash("its process died in another game")
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
-        answer = Crash(f"{type(error).__name__}: {error}")
+        answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line
     return answer, 1000 * (time.perf_counter() - start)
 
 
-def serve(make_game, pipe, evaluator_ends):
-    """A worker process: answers until the evaluator's end of its pipe is closed, if only by the evaluator's death."""
-    for end in evaluator_ends:  # inherited copies, which would outlive the evaluator
-        end.close()
+def serve(make_game, pipe, evaluator_end):
+    """A worker process: answers until the evaluator is gone, which closes the other end of the pipe."""
+    evaluator_end.close()  # our copy; those of workers forked earlier stay, so the workers leave one after another
     gc.freeze()  # the collector would write to, and so copy, all the pages that fork shares
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluator
     games = {}
@@ -254,13 +254,11 @@ class GameWorkers:
             self.start(index)
 
     def start(self, index):
-       # fork, as torch's DataLoader does: ready in 0.05 s with 20 MB of its own, where spawn would import torch again
-       # in each worker (3 s, 170 MB). Safe after the model is loaded too: games use neither torch nor the GPU.
+        # fork, as torch's DataLoader does: ready in 0.05 s with 20 MB of its own, where spawn would import torch again
+        # in each worker (3 s, 170 MB). Safe after the model is loaded too: games use neither torch nor the GPU.
         context = multiprocessing.get_context("fork")
         pipe, worker_end = context.Pipe()
-        self.workers[index] = None
-        ends = [worker[1] for worker in self.workers if worker] + [pipe]
-        process = context.Process(target=serve, args=(self.make_game, worker_end, ends), daemon=True)
+        process = context.Process(target=serve, args=(self.make_game, worker_end, pipe), daemon=True)
         process.start()
         worker_end.close()
         self.workers[index] = process, pipe
@@ -294,14 +292,16 @@ class GameWorkers:
                     process = self.workers[index][0]
                     process.join()
                     pipe.close()
-                    answers[slot] = Crash(f"the game's process died with exit code {process.exitcode}")
+                    answers[slot], self.ms[slot] = Crash(f"its process died with exit code {process.exitcode}"), 0.0
                     self.start(index)
         return answers
 
     def close(self):
         for process, pipe in self.workers:
-            pipe.close()
+            process.kill()
             process.join()
+            pipe.close()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # messages
