@@ -16,6 +16,7 @@ end of the first human turn, and then acts. Read in this order:
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -671,7 +672,7 @@ class Conversations:
         if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
             raise UserError(f"{path}: expected a list of records with id and conversations")
         self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
-        self.path, self.lengths, self.n_labels, seen = path, [], [], set()
+        self.path, self.messages, self.lengths, self.n_labels, self.message_rows, seen = path, [], [], [], [], set()
         for n, record in enumerate(records):
             if "id" not in record or "conversations" not in record:
                 raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
@@ -702,7 +703,9 @@ class Conversations:
                                 f"the row, or raise --model_max_length if the model allows it")
             self.ids.append(row_id)
             self.tasks.append(next(m["content"] for m in messages if m["role"] == "user"))
+            self.messages.append(messages)
             self.encoded.append((before, after, labels))
+            self.message_rows.append(rows)
             self.plans.append(plan_ids)
             self.lengths.append(length)
             self.n_labels.append(sum(label != -100 for label in labels))
@@ -743,6 +746,24 @@ class Conversations:
         if message == "text":
             return assemble(*self.encoded[n], plan_ids=self.plans[source], tenths=10)
         return assemble(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), tenths=tenths)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, *seed):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("order", *seed))).tolist()
+
+
+def global_batch(step, n, size, seed):
+    """[(draw, position)] of one optimizer step, from a stream of permutations, one per epoch. It depends on the step
+    alone, so any number of ranks and any restart see the same batch."""
+    return [(k, permutation(n, seed, k // n)[k % n]) for k in range(step * size, (step + 1) * size)]
+
+
+def split_eval(data, ratio, seed):
+    """Positions of training and held-out rows; a row's side depends on its id, not on the order of the file."""
+    by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
+    held_out = set(by_hash[:round(ratio * len(data))])
+    return [n for n in range(len(data)) if n not in held_out], sorted(held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ the same flags, continues from its last checkpoint as if nothing had happened, o
 import argparse
 import contextlib
 import csv
-import functools
 import math
 import os
 import re
@@ -27,8 +26,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from model import (PLAN_ANNOUNCEMENT, Conversations, HiddenStateProcessor, LatentActor, Parser, UserError, adaptive_weight,
-                   add_markers, another_task, atomic_path, boolean, collate, embedding_rms, head_loss, init_markers,
-                   load_config, load_lm, load_tokenizer, open_shards, read_json, remove, run, seed_for, write_json)
+                   add_markers, another_task, atomic_path, boolean, collate, embedding_rms, global_batch, head_loss,
+                   init_markers,
+                   load_config, load_lm, load_tokenizer, open_shards, read_json, remove, run, seed_for,
+                   split_eval, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -97,24 +98,6 @@ def get_args(argv):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, *seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("order", *seed))).tolist()
-
-
-def global_batch(step, n, size, seed):
-    """[(draw, position)] of one optimizer step, from a stream of permutations, one per epoch. It depends on the step
-    alone, so any number of ranks and any restart see the same batch."""
-    return [(k, permutation(n, seed, k // n)[k % n]) for k in range(step * size, (step + 1) * size)]
-
-
-def split_eval(data, ratio, seed):
-    """Positions of training and held-out rows; a row's side depends on its id, not on the order of the file."""
-    by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
-    held_out = set(by_hash[:round(ratio * len(data))])
-    return [n for n in range(len(data)) if n not in held_out], sorted(held_out)
-
 
 def describe_row(tokenizer, row):
     """The first training row, decoded: supervised tokens between » and «, latents counted in their place."""
@@ -229,7 +212,7 @@ def train(args):
     checkpoint = None if args.resume in ("auto", "never") else args.resume
     if args.resume == "auto" and os.path.isdir(args.output_dir):
         checkpoint = last_checkpoint(args.output_dir)
-    state = {"step": 0, "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0, "last": {}}
+    state = {"step": 0, "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0, "stopped": False, "last": {}}
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
     if checkpoint:
         state = read_json(os.path.join(checkpoint, "trainer_state.json"))
@@ -260,7 +243,7 @@ def train(args):
         raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: add rows "
                         f"or set --random_contrast_weight 0")
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)
-    if state["step"] >= max_steps or state.get("stopped"):
+    if state["stopped"] and os.path.exists(os.path.join(args.output_dir, "trainer_state.json")):  # written last of all
         if rank == 0:
             print(f"{args.output_dir} is finished ({state['step']} steps); --resume never trains it again")
         return
@@ -312,16 +295,17 @@ def train(args):
     if rank == 0:
         os.makedirs(args.output_dir, exist_ok=True)
         for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
-            if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+", name)):
+            if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
                 remove(os.path.join(args.output_dir, name))
         kept = []
         if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
             with open(csv_path) as f:
                 kept = [r for r in csv.DictReader(f) if int(r["step"]) <= state["step"]]
-        log = open(csv_path, "w", newline="")
+        with atomic_path(csv_path) as temporary, open(temporary, "w", newline="") as f:
+            csv.DictWriter(f, COLUMNS).writeheader()
+            csv.DictWriter(f, COLUMNS).writerows(kept)
+        log = open(csv_path, "a", newline="")
         writer = csv.DictWriter(log, COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept)
         print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of {args.global_batch_size} "
               f"on {world} x {device.split(':')[0]}" + (f", continuing at step {state['step']}" if checkpoint else ""))
         if not checkpoint:
@@ -337,7 +321,7 @@ def train(args):
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = tqdm(total=max_steps, initial=state["step"], desc="train", unit="step", disable=rank > 0 or None)
     clock, seen_tokens = time.perf_counter(), 0
-    for step in range(state["step"], max_steps):
+    for step in range(state["step"], state["step"] if state["stopped"] else max_steps):
         # this rank's share of the global batch: every world-th sample by length, so that the ranks' work is equal
         samples = global_batch(step, len(train_rows), args.global_batch_size, args.seed)  # [(draw, position)]
         n_labels = sum(data.n_labels[train_rows[p]] for _, p in samples)  # over all ranks and accumulation steps
@@ -398,7 +382,8 @@ def train(args):
                 if rank == 0:
                     remove(os.path.join(args.output_dir, f"best-{step + 1}"))
                     save(os.path.join(args.output_dir, f"best-{step + 1}"), resumable=False)
-            state["stopped"] = last = last or 0 < args.early_stopping_patience <= state["bad_evals"]
+            last = last or 0 < args.early_stopping_patience <= state["bad_evals"]
+        state["stopped"] = last
         elapsed = time.perf_counter() - clock
         if rank == 0:
             memory = (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
