@@ -20,7 +20,8 @@ from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWa
                           TopPLogitsWarper)
 
 from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, boolean, end_of_turn, lm_logits, load_config,
-                   load_lm, load_tokenizer, open_shards, read_json, render_turn, run, seed_for, write_json, write_shard)
+                   load_lm, load_tokenizer, open_shards, positive, read_json, render_turn, run, seed_for, share,
+                   write_json, write_shard)
 
 PRESETS = {  # name: (prompt, which conversation turn holds the task)
     "alfworld": ("Please provide a general plan to solve this task.\nThe task is: {task}", 2),  # ETO: instruction, OK, task
@@ -42,7 +43,7 @@ def get_args(argv):
         g.add_argument("--conversations_index", type=int, default=turn,
                        help="without a task field: the turn of `conversations` that holds the task")
         g.add_argument("--response_field", help="field of the reference reply: also writes train.json for train_actor.py")
-        g.add_argument("--max_samples", type=int, help="only the first N tasks")
+        g.add_argument("--max_samples", type=positive, help="only the first N tasks")
         g.add_argument("--shard_size_mb", type=float, default=512, help="start a new shard beyond this size")
         g = p.add_argument_group("sender")
         g.add_argument("--model_name_or_path", required=True, help="any Hugging Face causal LM, or a student directory")
@@ -52,15 +53,15 @@ def get_args(argv):
         g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the model, and of the stored states")
         g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
         g = p.add_argument_group("decoding")
-        g.add_argument("--max_new_tokens", type=int, default=512, help="a longer plan is cut here")
+        g.add_argument("--max_new_tokens", type=positive, default=512, help="a longer plan is cut here")
         g.add_argument("--do_sample", type=boolean, default=False, help="sample instead of taking the likeliest token")
         g.add_argument("--temperature", type=float, default=1.0, help="with --do_sample true")
-        g.add_argument("--top_p", type=float, default=1.0, help="with --do_sample true: nucleus sampling")
+        g.add_argument("--top_p", type=share, default=1.0, help="with --do_sample true: nucleus sampling")
         g.add_argument("--top_k", type=int, default=0, help="with --do_sample true: only the k likeliest tokens; 0: all")
         g.add_argument("--seed", type=int, default=0, help="of the uniform number of each (task, step)")
-        g.add_argument("--batch_size", type=int, default=16, help="prompts decoded together")
-        g.add_argument("--c", type=int, help="store only the first N states of each message")
-        g.add_argument("--latent_steps", type=int, help="think K latent steps instead of writing a plan (compress.py)")
+        g.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
+        g.add_argument("--c", type=positive, help="store only the first N states of each message")
+        g.add_argument("--latent_steps", type=positive, help="think K latent steps instead of writing a plan (compress.py)")
     p = commands.add_parser("inspect", help="what is in the shards", allow_abbrev=False)
     p.add_argument("directory", help="--output_dir of a collection")
     p.add_argument("--id", help="only this task")
@@ -91,7 +92,8 @@ def load_tasks(args):
             if not isinstance(turns, list) or not -len(turns) <= args.conversations_index < len(turns):
                 raise UserError(f"{where}: no turn {args.conversations_index} in its conversations, see "
                                 f"--conversations_index")
-            task = turns[args.conversations_index].get("value")
+            turn = turns[args.conversations_index]
+            task = turn.get("value") if isinstance(turn, dict) else None
         else:
             raise UserError(f"{where} has no field '{args.task_field}' and no conversations; its fields are "
                             f"{', '.join(record)}; see --task_field")
@@ -113,7 +115,7 @@ def encode_prompts(tasks, tokenizer, args, max_length):
         if args.chat_template == "auto":
             task["ids"] = sum(render_turn(tokenizer, [{"role": "user", "content": prompt}], where=task["id"]), [])
         else:
-            task["ids"] = tokenizer(prompt).input_ids
+            task["ids"] = tokenizer(prompt, split_special_tokens=True).input_ids
         steps = args.latent_steps or args.max_new_tokens
         if len(task["ids"]) + steps > max_length:
             raise UserError(f"{args.dataset_path}: id {task['id']}: prompt of {len(task['ids'])} tokens + {steps} new "
@@ -152,7 +154,7 @@ def decode_plans(lm, prompts, seeds, eos_ids, args):
         warpers.append(TopKLogitsWarper(args.top_k))
     if args.top_p < 1.0:
         warpers.append(TopPLogitsWarper(args.top_p))
-    eos = torch.tensor(sorted(eos_ids), device=device)
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     tokens, states, ms = [[] for _ in prompts], [[] for _ in prompts], [0.0] * len(prompts)
     live = torch.arange(len(prompts), device=device)  # (b,) row of the batch -> prompt
     cache = DynamicCache()
@@ -201,13 +203,14 @@ def think(sender, prompts, steps):
 
 def collect(args):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if args.temperature <= 0 or args.top_k < 0:
+        raise UserError(f"--temperature must be above 0 and --top_k not below, got {args.temperature} and {args.top_k}; for "
+                        f"greedy decoding leave --do_sample false")
     tasks = load_tasks(args)
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     if args.chat_template == "auto" and not tokenizer.chat_template:
         args.chat_template = "none"
     config = load_config(args.model_name_or_path, args.trust_remote_code)
-    if args.latent_steps is not None and args.latent_steps < 1:
-        raise UserError(f"--latent_steps must be at least 1, got {args.latent_steps}")
     encode_prompts(tasks, tokenizer, args, getattr(config, "max_position_embeddings", 2**31))
 
     # what was collected before must come from the same sender with the same settings

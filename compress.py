@@ -31,7 +31,7 @@ from tqdm import tqdm
 from collect import PRESETS, left_pad
 from model import (Conversations, LatentActor, LatentSender, Parser, UserError, assemble, atomic_path, boolean, collate,
                    encode_conversation, global_batch, head_loss, kl_divergence, lm_logits, load_config, load_tokenizer,
-                   open_shards, read_json, remove, render_turn, run, seed_for, split_eval, write_json)
+                   open_shards, positive, read_json, remove, render_turn, run, seed_for, split_eval, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -49,7 +49,7 @@ def get_args(argv):
     g = parser.add_argument_group("model")
     g.add_argument("--teacher_model_name_or_path", required=True, help="actor directory of train_actor.py; stays frozen")
     g.add_argument("--student_model_name_or_path", required=True, help="the sender to start from: any causal LM")
-    g.add_argument("--K", type=int, default=128, help="latent steps")
+    g.add_argument("--K", type=positive, default=128, help="latent steps")
     g.add_argument("--prompt_template", default=PRESETS["alfworld"][0], help="what the student is asked; {task} is replaced")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the models ship")
     g = parser.add_argument_group("data")
@@ -67,22 +67,22 @@ def get_args(argv):
     g.add_argument("--kl_temperature", type=float, default=4.0, help="T of the KL term")
     g = parser.add_argument_group("optimization")
     g.add_argument("--num_train_epochs", type=float, default=3, help="passes over the data")
-    g.add_argument("--max_steps", type=int, help="optimizer steps, instead of epochs")
+    g.add_argument("--max_steps", type=positive, help="optimizer steps, instead of epochs")
     g.add_argument("--learning_rate", type=float, default=5e-5, help="peak, then cosine to 0")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
-    g.add_argument("--global_batch_size", type=int, default=16, help="samples per optimizer step, over all ranks")
-    g.add_argument("--per_device_train_batch_size", type=int, default=4, help="samples per pass: memory, not results")
-    g.add_argument("--per_device_eval_batch_size", type=int, default=8, help="samples per evaluation pass")
+    g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
+    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
+    g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute the actor's activations")
     g.add_argument("--seed", type=int, default=0, help="of the order")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the student directory")
-    g.add_argument("--logging_steps", type=int, default=1, help="a log line every N steps (the csv has them all)")
-    g.add_argument("--eval_steps", type=int, default=500, help="evaluate every N steps, and at the end")
-    g.add_argument("--save_steps", type=int, default=500, help="checkpoint every N steps, and at the end")
-    g.add_argument("--save_total_limit", type=int, default=2, help="checkpoints to keep; the best model is kept besides")
+    g.add_argument("--logging_steps", type=positive, default=1, help="a log line every N steps (the csv has them all)")
+    g.add_argument("--eval_steps", type=positive, default=500, help="evaluate every N steps, and at the end")
+    g.add_argument("--save_steps", type=positive, default=500, help="checkpoint every N steps, and at the end")
+    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep; the best model is kept besides")
     g.add_argument("--early_stopping_patience", type=int, default=0, help="stop after N evaluations without a new best")
     g.add_argument("--resume", default="auto", help="auto: from the last checkpoint if any; never; or a checkpoint's path")
     return parser, parser.parse_args(argv)
@@ -161,7 +161,7 @@ def load_teacher(path, device, trust_remote_code, gradient_checkpointing=False):
     actor = LatentActor.load(path, "bf16" if device.startswith("cuda") else "fp32", device, trust_remote_code)
     actor.requires_grad_(False)
     if gradient_checkpointing:
-        actor.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        actor.lm.activation_checkpointing_enable()
         for module in actor.lm.modules():  # a block recomputes only "in training"; what it holds stays in eval mode
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True
@@ -233,8 +233,6 @@ def train(args):
     # ranks, from torchrun; without it, one process
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if args.K < 1:
-        raise UserError(f"--K must be at least 1, got {args.K}")
     if "{task}" not in args.prompt_template:
         raise UserError("--prompt_template must contain {task}")
     if args.global_batch_size % world:
@@ -317,6 +315,10 @@ def train(args):
         for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
             if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
                 remove(os.path.join(args.output_dir, name))
+        best = f"best-{state['best_step']}"  # --resume PATH into a new directory: the best so far comes along
+        if state["best_step"] and not os.path.isdir(os.path.join(args.output_dir, best)):
+            with atomic_path(os.path.join(args.output_dir, best)) as temporary:
+                shutil.copytree(os.path.join(os.path.dirname(os.path.abspath(checkpoint)), best), temporary)
         kept = []
         if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
             with open(csv_path) as f:

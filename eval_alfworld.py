@@ -39,16 +39,12 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import collect
-from model import (BOP, DTYPES, PERTURBATIONS, PLAN_ANNOUNCEMENT, LatentActor, Parser, UserError, another_task, assemble,
-                   atomic_path, boolean, collate, end_of_turn, lm_logits, load_config, load_tokenizer, open_shards,
-                   perturb, plan_ids_for, read_json, render_turn, run, seed_for, wilson_interval, write_json)
+from model import (DTYPES, LATENT_VARIANTS, VARIANTS, LatentActor, Parser, UserError, actor_of, assemble, atomic_path,
+                   boolean, check_messages, collate, end_of_turn, lm_logits, message_row, open_shards, positive, read_json,
+                   render_turn, run, seed_for, wilson_interval, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-LATENT_VARIANTS = ("none", "latent", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
-VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
-
 
 def get_args(argv):
     parser = Parser(prog="eval_alfworld.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -62,21 +58,21 @@ def get_args(argv):
     g = parser.add_argument_group("messages")
     g.add_argument("--hidden_data", help="--output_dir of collect.py for these games")
     g.add_argument("--sender", help="a live sender: collect.py runs first, on these games, into --output_path")
-    g.add_argument("--latent_steps", type=int, nargs="*", default=[], help="with --sender: one row per K latent steps")
+    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: one row per K latent steps")
     g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
-    g.add_argument("--max_plan_tokens", type=int, default=512, help="with --sender: longest plan")
+    g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
     g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
     g = parser.add_argument_group("games")
     g.add_argument("--env", default="alfworld", help="alfworld, or module:Class")
     g.add_argument("--split", default="valid_seen", help="alfworld: valid_seen or valid_unseen; other games: their own")
     g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent is another name of none)")
-    g.add_argument("--max_steps", type=int, default=20, help="replies per episode (paper 20, released code 50)")
-    g.add_argument("--num_episodes", type=int, help="only the first N games of the split")
-    g.add_argument("--runs", type=int, default=1, help="repetitions with other seeds (paper: 3)")
+    g.add_argument("--max_steps", type=positive, default=20, help="replies per episode (paper 20, released code 50)")
+    g.add_argument("--num_episodes", type=positive, help="only the first N games of the split")
+    g.add_argument("--runs", type=positive, default=1, help="repetitions with other seeds (paper: 3)")
     g.add_argument("--env_workers", type=int, help="processes that host games; default: one per core for alfworld, else 0")
     g = parser.add_argument_group("decoding")
-    g.add_argument("--batch_size", type=int, default=32, help="episodes played together")
-    g.add_argument("--max_new_tokens", type=int, default=256, help="per reply")
+    g.add_argument("--batch_size", type=positive, default=32, help="episodes played together")
+    g.add_argument("--max_new_tokens", type=positive, default=256, help="per reply")
     g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     g.add_argument("--seed", type=int, default=0, help="of sampling, cross_task and the perturbations")
     g = parser.add_argument_group("output")
@@ -310,58 +306,6 @@ SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_temp
             "max_steps", "max_new_tokens", "temperature", "seed", "torch_dtype"]  # what an episode's result depends on
 
 
-def read_info(path):
-    """latent_adapter.json of an actor, {} for a plain model."""
-    load_config(path)
-    info = os.path.join(path, "latent_adapter.json")
-    return read_json(info) if os.path.exists(info) else {}
-
-
-def message_row(actor, messages, n, variant, seed, source, tasks):
-    """The first prompt of game n under a variant, as a row for `collate`. messages: its turns so far (one human);
-    source: (shards, share of the rows to keep)."""
-    tokenizer, task_id, (shards, keep) = actor.tokenizer, tasks[n]["id"], source
-    if variant in ("no_comm", "no_cot"):
-        before, after = render_turn(tokenizer, messages, where=task_id)
-        return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
-    before, after = render_turn(tokenizer, messages, actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT), where=task_id)
-    plan_ids, latents = [], None
-    if variant in ("text", "cot_full"):
-        record = shards.records[task_id]
-        plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
-    elif variant == "cross_task":
-        latents = shards[tasks[another_task(n, [t["task"] for t in tasks], "cross_task", seed, task_id)]["id"]]
-    elif variant in PERTURBATIONS:
-        latents = perturb(variant, shards[task_id], seed, task_id)
-    else:
-        latents = shards[task_id]
-    if latents is not None:
-        latents = latents[:round(keep * len(latents))]
-    row = assemble(before, after, [-100] * len(after), plan_ids, latents, tenths=10 if plan_ids else 0)
-    return row | {"message_rows": len(plan_ids) if latents is None else len(latents)}
-
-
-def check_messages(actor_path, info, variant, shards, tasks):
-    """Everything that can be wrong with a variant's messages, before any model is loaded."""
-    if variant in ("no_comm", "no_cot"):
-        return
-    if variant in LATENT_VARIANTS and info.get("message") != "latent":
-        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor that "
-                        f"train_actor.py wrote with --message latent")
-    if shards is None:
-        raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
-    missing = [t["id"] for t in tasks if t["id"] not in shards]
-    if missing:
-        raise UserError(f"{shards.directory} has no message for {len(missing)} games, the first {missing[0]}: run collect.py "
-                        f"on these games, or give --sender")
-    if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
-        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
-                        f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
-    empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
-    if variant in ("text", "cot_full") and empty:
-        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # many conversations, one growing cache
 
@@ -568,11 +512,8 @@ def evaluate(args):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     variants = list(dict.fromkeys("none" if v == "latent" else v for v in args.variants))
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
-    if args.latent_steps and (min(args.latent_steps) < 1 or not args.sender):
-        raise UserError("--latent_steps takes numbers of at least 1, and needs --sender")
+    if args.latent_steps and not args.sender:
+        raise UserError("--latent_steps needs --sender: the student that thinks these steps")
     if not all(0 <= keep <= 1 for keep in args.keep_ratio):
         raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
     game = load_game(args.env)
@@ -581,19 +522,7 @@ def evaluate(args):
     if not tasks:
         raise UserError(f"{args.env} has no games in split {args.split}")
 
-    # actors by variant; their headers are enough for all checks
-    paths = {variant: args.model_path for variant in variants}
-    infos = {path: read_info(path) for path in [args.model_path, *args.baseline_path]}
-    for variant, message in (("cot_full", "text"), ("no_cot", "none")):
-        if variant in variants:
-            fitting = [p for p in args.baseline_path if infos[p].get("message") == message]
-            if not fitting:
-                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and give "
-                                f"it in --baseline_path")
-            paths[variant] = fitting[0]
-    for variant in variants:
-        if variant == "text" and load_tokenizer(paths[variant]).convert_tokens_to_ids(BOP) is None:
-            raise UserError(f"{paths[variant]} knows no {BOP}, so it cannot read a text message: give a trained actor")
+    paths, infos = actor_of(variants, args.model_path, args.baseline_path)
 
     # what is on disk is not played again, if it was played with the same settings
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
@@ -644,13 +573,12 @@ def evaluate(args):
 
     jobs = [(label, variant, r, n) for label, variant in variant_of.items() for r in range(args.runs) for n in range(len(tasks))]
     jobs = [job for job in jobs[rank::world] if not os.path.exists(episode_path(job[0], *job[2:]))]
-    actors = {}
     bar = tqdm(total=len(jobs), desc="play", unit="episode", disable=rank > 0 or None)
     for path in dict.fromkeys(paths.values()):
         pending = [job for job in jobs if paths[job[1]] == path]
         if not pending:
             continue
-        actor = actors[path] = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code)
+        actor = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code)
         for i in range(0, len(pending), args.batch_size):
             for record in play(actor, pending[i:i + args.batch_size], tasks, sources, workers, parse_action, args):
                 memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
@@ -660,7 +588,7 @@ def evaluate(args):
                     "tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9), "peak_memory_gb": memory,
                     "device": device.split(":")[0], "dtype": args.torch_dtype})
                 bar.update()
-        del actor, actors[path]
+        del actor
     bar.close()
     workers.close()
     if world > 1:

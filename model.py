@@ -12,7 +12,8 @@ end of the first human turn, and then acts. Read in this order:
     5. actor        LM + adapter
     6. sender       the student that says it in K latent steps
     7. messages     perturbations of H, and latent shards on disk
-    8. data         training rows: conversations with their messages
+    8. variants     what an actor is told in an evaluation
+    9. data         training rows: conversations with their messages
 """
 import argparse
 import contextlib
@@ -133,16 +134,24 @@ def end_of_turn(tokenizer):
                     f"a reply would never end: use a template that writes the end-of-turn token")
 
 
+def reply_lead(tokenizer):
+    """What a template writes between its generation prompt and a reply: a space in Mistral's, mostly nothing."""
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\ue000"}]
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    return whole[len(prompt):whole.index("\ue000")] if whole.startswith(prompt) else ""
+
+
 def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
     """A training row -> (before, after, labels): the message goes between `before` and `after`; labels (for `after`)
     are the ids of every assistant token including its end of turn, -100 elsewhere. No label ever lies in `before`."""
     before, after, labels = [], [], []
-    eot = end_of_turn(tokenizer)
+    eot, lead = end_of_turn(tokenizer), reply_lead(tokenizer)
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         head, tail = render_turn(tokenizer, messages[:k], announcement, where=where)
-        reply = text_ids(tokenizer, message["content"])
+        reply = text_ids(tokenizer, lead + message["content"])
         n_eot = len(eot) if labels else 0  # a later prompt opens with the end of the reply before it
         before += head
         labels += tail[:n_eot] + [-100] * (len(tail) - n_eot) + reply
@@ -595,8 +604,7 @@ class LatentShards:
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
         for name in (n for n in names if n.endswith(".safetensors")):
             path = os.path.join(directory, name)
-            header = self.read_header(path)
-            records, sender = (json.loads(header["__metadata__"][k]) for k in ("records", "sender"))
+            header, records, sender = self.read_header(path)
             if self.sender is None:
                 self.sender = sender
             elif sender != self.sender:
@@ -613,15 +621,17 @@ class LatentShards:
 
     @staticmethod
     def read_header(path):
-        """The JSON header alone, checked against the file's size, so that a truncated shard is found at once."""
+        """Header, records and sender, checked against the file's size, so that a truncated shard is found at once."""
         try:
             with open(path, "rb") as f:
                 size = int.from_bytes(f.read(8), "little")
                 header = json.loads(f.read(size)) if size < 2**31 else None
+            records, sender = (json.loads(header["__metadata__"][k]) for k in ("records", "sender"))
             end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-            if os.path.getsize(path) != 8 + size + end or not {"records", "sender"} <= header["__metadata__"].keys():
+            if os.path.getsize(path) != 8 + size + end or records.keys() != header.keys() - {"__metadata__"}:
                 raise ValueError
-            return header
+            sender["hidden_size"]
+            return header, records, sender
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError):
             raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py again, which "
                             f"collects only what is missing") from None
@@ -661,18 +671,98 @@ def open_shards(directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Training data: conversations and their messages
+# 8. Variants: what an actor is told in an evaluation (paper, baselines and ablations)
+
+LATENT_VARIANTS = ("none", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
+VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
+
+
+def read_info(path):
+    """latent_adapter.json of an actor, {} for a plain model."""
+    load_config(path)
+    info = os.path.join(path, "latent_adapter.json")
+    return read_json(info) if os.path.exists(info) else {}
+
+
+def actor_of(variants, model_path, baseline_paths):
+    """{variant: the actor's path}, {path: its latent_adapter.json}; cot_full and no_cot have actors of their own."""
+    infos = {path: read_info(path) for path in [model_path, *baseline_paths]}
+    paths = {}
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
+        paths[variant] = model_path
+        if variant in ("cot_full", "no_cot"):
+            message = "text" if variant == "cot_full" else "none"
+            fitting = [path for path in baseline_paths if infos[path].get("message") == message]
+            if not fitting:
+                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and give "
+                                f"it in --baseline_path")
+            paths[variant] = fitting[0]
+        if variant == "text" and load_tokenizer(model_path).convert_tokens_to_ids(BOP) is None:
+            raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give a trained actor")
+    return paths, infos
+
+
+def message_row(actor, messages, n, variant, seed, source, tasks):
+    """The first prompt of game n under a variant, as a row for `collate`. messages: its turns so far (one human);
+    source: (shards, share of the rows to keep)."""
+    tokenizer, task_id, (shards, keep) = actor.tokenizer, tasks[n]["id"], source
+    if variant in ("no_comm", "no_cot"):
+        before, after = render_turn(tokenizer, messages, where=task_id)
+        return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
+    before, after = render_turn(tokenizer, messages, actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT), where=task_id)
+    plan_ids, latents = [], None
+    if variant in ("text", "cot_full"):
+        record = shards.records[task_id]
+        plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
+    elif variant == "cross_task":
+        latents = shards[tasks[another_task(n, [t["task"] for t in tasks], "cross_task", seed, task_id)]["id"]]
+    elif variant in PERTURBATIONS:
+        latents = perturb(variant, shards[task_id], seed, task_id)
+    else:
+        latents = shards[task_id]
+    if latents is not None:
+        latents = latents[:round(keep * len(latents))]
+    row = assemble(before, after, [-100] * len(after), plan_ids, latents, tenths=10 if plan_ids else 0)
+    return row | {"message_rows": len(plan_ids) if latents is None else len(latents)}
+
+
+def check_messages(actor_path, info, variant, shards, tasks):
+    """Everything that can be wrong with a variant's messages, before any model is loaded."""
+    if variant in ("no_comm", "no_cot"):
+        return
+    if variant in LATENT_VARIANTS and info.get("message") != "latent":
+        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor that "
+                        f"train_actor.py wrote with --message latent")
+    if shards is None:
+        raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
+    missing = [t["id"] for t in tasks if t["id"] not in shards]
+    if missing:
+        raise UserError(f"{shards.directory} has no message for {len(missing)} games, the first {missing[0]}: run collect.py "
+                        f"on these games, or give --sender")
+    if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
+        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
+                        f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
+    empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
+    if variant in ("text", "cot_full") and empty:
+        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Training data: conversations and their messages
 
 class Conversations:
     """The rows of a file, encoded and checked, in lists by position; messages are read when a batch needs them."""
 
-    def __init__(self, path, args, tokenizer, shards, max_length):
+    def __init__(self, path, args, tokenizer, shards, max_length, width=None):
         announcement = args.plan_announcement if args.message != "none" else None
         records = read_json(path)
         if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
             raise UserError(f"{path}: expected a list of records with id and conversations")
         self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
         self.path, self.messages, self.lengths, self.n_labels, self.message_rows, seen = path, [], [], [], [], set()
+        self.width = width  # of the messages: given, or that of the first
         for n, record in enumerate(records):
             if "id" not in record or "conversations" not in record:
                 raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
@@ -681,6 +771,7 @@ class Conversations:
             if row_id in seen:
                 raise UserError(f"{where} occurs twice: ids must be unique")
             seen.add(row_id)
+            self.ids.append(row_id)
             messages = to_messages(record["conversations"], args.task_turn, where)
             before, after, labels = encode_conversation(tokenizer, messages, announcement, where)
             stored = shards.records[row_id] if shards is not None and row_id in shards else {}
@@ -693,7 +784,14 @@ class Conversations:
                                     f"collect.py on this task, or remove the row")
                 if not plan_ids:
                     raise UserError(f"{where}: empty plan: collect it again, or give the row a 'plan'")
-                rows = shards.lengths[row_id] if stored and not self.inline(record) else len(plan_ids)
+                if args.message == "latent":
+                    rows = len(self.latents(n)) if self.inline(record) else shards.lengths[row_id]
+                    width = self.latents(n).shape[1] if self.inline(record) else shards.hidden_size
+                    if width != (self.width or width):
+                        raise UserError(f"{where}: its message is {width} wide, expected {self.width}: one actor reads one sender")
+                    self.width = width
+                else:
+                    rows = len(plan_ids)
             if rows > args.prepended_length:
                 raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length {args.prepended_length}: "
                                 f"raise it, or collect with --c {args.prepended_length}")
@@ -701,7 +799,6 @@ class Conversations:
             if length > max_length:
                 raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten "
                                 f"the row, or raise --model_max_length if the model allows it")
-            self.ids.append(row_id)
             self.tasks.append(next(m["content"] for m in messages if m["role"] == "user"))
             self.messages.append(messages)
             self.encoded.append((before, after, labels))
@@ -836,6 +933,20 @@ def boolean(text):
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     raise ValueError(text)
+
+
+def positive(text):
+    """argparse type of counts: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text}")
+    return int(text)
+
+
+def share(text):
+    """argparse type of shares: a number above 0, up to 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, found {text}")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model import (PLAN_ANNOUNCEMENT, Conversations, HiddenStateProcessor, LatentActor, Parser, UserError, adaptive_weight,
                    add_markers, another_task, atomic_path, boolean, collate, embedding_rms, global_batch, head_loss,
                    init_markers,
-                   load_config, load_lm, load_tokenizer, open_shards, read_json, remove, run, seed_for,
+                   load_config, load_lm, load_tokenizer, open_shards, positive, read_json, remove, run, seed_for,
                    split_eval, write_json)
 
 matplotlib.use("Agg")
@@ -50,7 +50,7 @@ def get_args(argv):
     g.add_argument("--message", choices=["latent", "text", "none"], default="latent",
                    help="what stands between <bop> and <eop>; text and none are the baselines CoT (full) and No-CoT")
     g.add_argument("--plan_announcement", default=PLAN_ANNOUNCEMENT, help="sentence before <bop>; stored with the actor")
-    g.add_argument("--num_heads", type=int, default=8, help="attention heads of the adapter")
+    g.add_argument("--num_heads", type=positive, default=8, help="attention heads of the adapter")
     g.add_argument("--adapter_dropout", type=float, default=0.1, help="dropout in the adapter's attention")
     g.add_argument("--adapter_scale", type=float, default=0.2, help="start of the learned input scale s")
     g.add_argument("--adapter_output_scale", type=float, help="start of the learned output scale g; default: RMS of the "
@@ -71,26 +71,26 @@ def get_args(argv):
     g.add_argument("--adaptive_weights", type=boolean, default=True,
                    help="each weight moves between a tenth of its ceiling and the ceiling with its own loss")
     g.add_argument("--infonce_probe_interval", type=int, default=0, help="every N steps, score K messages on K samples")
-    g.add_argument("--infonce_probe_size", type=int, default=8, help="K")
+    g.add_argument("--infonce_probe_size", type=positive, default=8, help="K")
     g = parser.add_argument_group("optimization")
     g.add_argument("--num_train_epochs", type=float, default=3, help="passes over the data")
-    g.add_argument("--max_steps", type=int, help="optimizer steps, instead of epochs")
+    g.add_argument("--max_steps", type=positive, help="optimizer steps, instead of epochs")
     g.add_argument("--learning_rate", type=float, default=1e-5, help="peak, then cosine to 0")
     g.add_argument("--adapter_learning_rate", type=float, help="peak for the adapter; default: --learning_rate")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
-    g.add_argument("--global_batch_size", type=int, default=16, help="samples per optimizer step, over all ranks")
-    g.add_argument("--per_device_train_batch_size", type=int, default=4, help="samples per pass: memory, not results")
-    g.add_argument("--per_device_eval_batch_size", type=int, default=8, help="samples per evaluation pass")
+    g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
+    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
+    g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute activations: less memory")
     g.add_argument("--seed", type=int, default=0, help="of order, curriculum, negatives, adapter and dropout")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the actor directory")
-    g.add_argument("--logging_steps", type=int, default=1, help="a log line every N steps (the csv has them all)")
-    g.add_argument("--eval_steps", type=int, default=500, help="evaluate every N steps, and at the end")
-    g.add_argument("--save_steps", type=int, default=500, help="checkpoint every N steps, and at the end")
-    g.add_argument("--save_total_limit", type=int, default=2, help="checkpoints to keep; the best model is kept besides")
+    g.add_argument("--logging_steps", type=positive, default=1, help="a log line every N steps (the csv has them all)")
+    g.add_argument("--eval_steps", type=positive, default=500, help="evaluate every N steps, and at the end")
+    g.add_argument("--save_steps", type=positive, default=500, help="checkpoint every N steps, and at the end")
+    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep; the best model is kept besides")
     g.add_argument("--early_stopping_patience", type=int, default=0, help="stop after N evaluations without a new best")
     g.add_argument("--resume", default="auto", help="auto: from the last checkpoint if any; never; or a checkpoint's path")
     return parser, parser.parse_args(argv)
@@ -233,7 +233,7 @@ def train(args):
     train_rows, eval_rows = split_eval(data, args.eval_ratio, args.seed)
     eval_data = data
     if args.eval_file:
-        eval_data = Conversations(args.eval_file, args, tokenizer, shards, max_length)
+        eval_data = Conversations(args.eval_file, args, tokenizer, shards, max_length, data.width)
         train_rows, eval_rows = list(range(len(data))), list(range(len(eval_data)))
     if not train_rows:
         raise UserError(f"{args.train_file} has no training rows (--eval_ratio {args.eval_ratio})")
@@ -257,20 +257,19 @@ def train(args):
         init_markers(lm, new_ids)
         info = {"message": args.message, "plan_announcement": args.plan_announcement, "format_version": 1}
         if latent:
-            width = data.latents(train_rows[0]).shape[1]
             rms = embedding_rms(lm)
             g = rms / args.adapter_scale if args.adapter_output_scale is None else args.adapter_output_scale
-            adapter = HiddenStateProcessor(width, config.hidden_size, args.num_heads, args.adapter_dropout,
+            adapter = HiddenStateProcessor(data.width, config.hidden_size, args.num_heads, args.adapter_dropout,
                                            args.adapter_scale, g)
-            info |= {"sender_hidden_size": width, "num_heads": args.num_heads, "sender": shards and shards.sender["model"]}
+            info |= {"sender_hidden_size": data.width, "num_heads": args.num_heads, "sender": shards and shards.sender["model"]}
             if rank == 0:
-                print(f"adapter {width} -> {config.hidden_size}: s = {args.adapter_scale}, g = {g:.3f} (the actor's token "
+                print(f"adapter {data.width} -> {config.hidden_size}: s = {args.adapter_scale}, g = {g:.3f} (the actor's token "
                       f"embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info).to(device)
     if latent:
         actor.adapter.attention.dropout = args.adapter_dropout
     if args.gradient_checkpointing:
-        actor.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        actor.lm.activation_checkpointing_enable()
     actor.train()
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -297,6 +296,10 @@ def train(args):
         for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
             if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
                 remove(os.path.join(args.output_dir, name))
+        best = f"best-{state['best_step']}"  # --resume PATH into a new directory: the best so far comes along
+        if state["best_step"] and not os.path.isdir(os.path.join(args.output_dir, best)):
+            with atomic_path(os.path.join(args.output_dir, best)) as temporary:
+                shutil.copytree(os.path.join(os.path.dirname(os.path.abspath(checkpoint)), best), temporary)
         kept = []
         if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
             with open(csv_path) as f:
