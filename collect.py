@@ -4,28 +4,42 @@ Stage 1: a sender writes plans; its last-layer hidden states become messages, in
   python collect.py alfworld --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_path alfworld_sft.json \\
       --output_dir messages
   torchrun --nproc_per_node 8 collect.py custom --model_name_or_path M --dataset_path tasks.jsonl --output_dir messages
+  python collect.py math --model_name_or_path M --dataset_path MATH --split train --subjects algebra --output_dir messages
   python collect.py inspect messages --id train-3 --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
+  python collect.py export messages --output_file messages.parquet
+  python collect.py import messages.parquet --output_dir messages_again
 
 Run it again after a kill: it collects only what is missing. A message depends on its task, the model and the seed, not
 on the batch size, the order, the number of ranks or a restart.
 """
 import argparse
+import glob
+import importlib
+import json
 import os
+import re
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
                           TopPLogitsWarper)
 
-from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, boolean, end_of_turn, lm_logits, load_config,
-                   load_lm, load_tokenizer, open_shards, positive, read_json, render_turn, run, seed_for, share,
-                   write_json, write_shard)
+from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, atomic_path, boolean, end_of_turn, lm_logits,
+                   load_config, load_lm, load_tokenizer, open_shards, positive, read_json, render_turn, run, seed_for,
+                   share, write_json, write_shard)
 
-PRESETS = {  # name: (prompt, which conversation turn holds the task)
-    "alfworld": ("Please provide a general plan to solve this task.\nThe task is: {task}", 2),  # ETO: instruction, OK, task
-    "custom": ("Please provide a general plan to solve this task.\nThe task is: {task}", 0),
+PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
+MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps that "
+               "lead to the solution, in order and in general terms. Do no calculation and do not state the answer.\n"
+               "The problem is: {task}")
+MATH_QUESTION = "{task}\nPut the final answer in \\boxed{}."  # what the actor reads, in train.json and in eval_math.py
+PRESETS = {  # name: (sender's prompt, conversation turn with the task, its field, field of the reply, actor's question)
+    "alfworld": (PLAN_PROMPT, 2, "task", None, "{task}"),  # ETO's turns: instruction, OK, task
+    "math": (MATH_PROMPT, 0, "problem", "solution", MATH_QUESTION),
+    "custom": (PLAN_PROMPT, 0, "task", None, "{task}"),
 }
 FORMAT_VERSION = 1
 
@@ -33,16 +47,21 @@ FORMAT_VERSION = 1
 def get_args(argv):
     parser = Parser(prog="collect.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (template, turn) in PRESETS.items():
+    for name, (template, turn, task_field, response_field, question) in PRESETS.items():
         p = commands.add_parser(name, help=f"collect messages, {name} prompt and fields", allow_abbrev=False)
         g = p.add_argument_group("data")
-        g.add_argument("--dataset_path", required=True, help=".json or .jsonl: records with an id and a task")
+        g.add_argument("--dataset_path", required=True,
+                       help=".json, .jsonl or .parquet: records with an id and a task; MATH's own directory; or a hub id")
         g.add_argument("--output_dir", required=True, help="where the shards go; an existing directory is continued")
         g.add_argument("--id_field", default="id", help="field of the task's id")
-        g.add_argument("--task_field", default="task", help="field of the task's text; '' reads conversations")
+        g.add_argument("--task_field", default=task_field, help="field of the task's text; '' reads conversations")
         g.add_argument("--conversations_index", type=int, default=turn,
                        help="without a task field: the turn of `conversations` that holds the task")
-        g.add_argument("--response_field", help="field of the reference reply: also writes train.json for train_actor.py")
+        g.add_argument("--response_field", default=response_field,
+                       help="field of the reference reply: also writes train.json for train_actor.py")
+        g.add_argument("--question_template", default=question, help="the actor's question in train.json; {task} is replaced")
+        g.add_argument("--split", default="train", help="of a directory or a hub dataset")
+        g.add_argument("--subjects", nargs="+", help="only these values of the field `type` (or `subject`)")
         g.add_argument("--max_samples", type=positive, help="only the first N tasks")
         g.add_argument("--shard_size_mb", type=float, default=512, help="start a new shard beyond this size")
         g = p.add_argument_group("sender")
@@ -67,43 +86,119 @@ def get_args(argv):
     p.add_argument("--id", help="only this task")
     p.add_argument("--model_name_or_path", help="the sender: prints what each latent says through its output head")
     p.add_argument("--top_k", type=int, default=5, help="tokens per latent")
+    p = commands.add_parser("import", help="other tools' Parquet or save_to_disk folder -> shards", allow_abbrev=False)
+    p.add_argument("source", help="columns task_id or id, plan, hidden_state (a list of rows), task if there is one")
+    p.add_argument("--output_dir", required=True, help="a new directory for the shards")
+    p.add_argument("--model_name_or_path", default="unknown", help="the sender's name, kept in the shards")
+    p.add_argument("--split", default="train", help="of a save_to_disk folder with splits")
+    p = commands.add_parser("export", help="shards -> one Parquet file that import reads bit for bit", allow_abbrev=False)
+    p.add_argument("directory", help="--output_dir of a collection")
+    p.add_argument("--output_file", required=True, help="the .parquet to write")
     return parser, parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data
 
-def load_tasks(args):
-    """--dataset_path -> [{"id", "task", "type"?, "level"?, "reply"?}], checked."""
-    records = read_json(args.dataset_path)
+def optional(name):
+    """Import a library that only other people's files need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.split(".")[0]
+        raise UserError(f"this needs {package}: pip install {package}") from None
+
+
+def load_saved(path, split):
+    """A folder of datasets' save_to_disk -> Dataset."""
+    try:
+        data = optional("datasets").load_from_disk(path)
+        return data[split] if isinstance(data, dict) else data
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{path}: no dataset of save_to_disk with a split {split}: {str(e).splitlines()[0]}") from None
+
+
+def read_records(path, split):
+    """The records of a file, of MATH's directory (split/subject/N.json), of a save_to_disk folder, or of the hub."""
+    if glob.glob(os.path.join(path, "dataset_*.json")) or glob.glob(os.path.join(path, split, "dataset_*.json")):
+        return load_saved(path, split).to_list()
+    if os.path.isdir(path):
+        names = {os.path.relpath(name, path).removesuffix(".json").replace(os.sep, "/"): name
+                 for name in glob.glob(os.path.join(path, split, "*", "*.json"))}
+        if not names:
+            raise UserError(f"{path} has no problems {split}/<subject>/<number>.json: use a --split of "
+                            f"{sorted(n for n in os.listdir(path) if os.path.isdir(os.path.join(path, n)))}")
+        records = []
+        for key in sorted(names, key=lambda key: (len(key.split("/")[2]), key.split("/")[2], key)):
+            record = read_json(names[key])  # by number, then subject: the first N are a mix of subjects
+            if not isinstance(record, dict):
+                raise UserError(f"{names[key]}: expected one problem, found a {type(record).__name__}")
+            records.append({"type": key.split("/")[1], **record, "id": key})
+        return records
+    if path.endswith((".json", ".jsonl")):
+        return read_json(path)
+    if os.path.exists(path):
+        parquet = optional("pyarrow.parquet")
+        try:
+            return parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as e:  # ArrowInvalid is a ValueError
+            raise UserError(f"{path} is neither .json, .jsonl nor Parquet: {str(e).splitlines()[0]}") from None
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".parquet"):
+        raise UserError(f"no file or directory {path}")
+    datasets = optional("datasets")
+    try:  # some hub copies of MATH have one configuration per subject
+        names = datasets.get_dataset_config_names(path)
+        return [{**row, "id": str(row.get("id", f"{split}/{name}/{n}" if len(names) > 1 else f"{split}/{n}"))}
+                for name in names for n, row in enumerate(datasets.load_dataset(path, name, split=split))]
+    except Exception as e:  # the hub's errors have no class in common
+        raise UserError(f"no file or directory {path}, and no hub dataset with a split {split}: "
+                        f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
+
+
+def subject_key(name):
+    """"Counting & Probability" and counting_and_probability are the same subject."""
+    return re.sub(r"[\W_]+", "_", str(name).lower().replace("&", "and"))
+
+
+def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0, split="train",
+               subjects=None, max_samples=None):
+    """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is left out."""
+    records = read_records(path, split)
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
-        raise UserError(f"{args.dataset_path}: expected a non-empty list of records")
+        raise UserError(f"{path}: expected a non-empty list of records")
     tasks, seen = [], set()
     for n, record in enumerate(records):
-        task_id = str(record.get(args.id_field, n))  # without ids, the position in the whole file
-        where = f"{args.dataset_path}: id {task_id}"
+        task_id = str(record.get(id_field, n))  # without ids, the position in the whole file
+        where = f"{path}: id {task_id}"
         if task_id in seen or task_id == "__metadata__":
             raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
         seen.add(task_id)
-        if args.task_field in record:
-            task = record[args.task_field]
+        if task_field in record:
+            task = record[task_field]
         elif "conversations" in record:
             turns = record["conversations"]
-            if not isinstance(turns, list) or not -len(turns) <= args.conversations_index < len(turns):
-                raise UserError(f"{where}: no turn {args.conversations_index} in its conversations, see "
-                                f"--conversations_index")
-            turn = turns[args.conversations_index]
+            if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
+                raise UserError(f"{where}: no turn {conversations_index} in its conversations, see --conversations_index")
+            turn = turns[conversations_index]
             task = turn.get("value") if isinstance(turn, dict) else None
         else:
-            raise UserError(f"{where} has no field '{args.task_field}' and no conversations; its fields are "
+            raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
                             f"{', '.join(record)}; see --task_field")
         if not isinstance(task, str) or not task.strip():
             raise UserError(f"{where}: the task is empty or not a text")
-        if args.response_field and not isinstance(record.get(args.response_field), str):
-            raise UserError(f"{where} has no text in field '{args.response_field}', see --response_field")
-        tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(args.response_field),
-                      **{k: record[k] for k in ("type", "level") if k in record}})
-    return tasks[:args.max_samples]
+        if response_field and not isinstance(record.get(response_field), str):
+            raise UserError(f"{where} has no text in field '{response_field}', see --response_field")
+        labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
+        tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(response_field),
+                      **{k: v for k, v in labels.items() if v is not None}})
+    if subjects:
+        found = {subject_key(t["type"]): t["type"] for t in tasks if "type" in t}
+        unknown = [s for s in subjects if subject_key(s) not in found]
+        if unknown:
+            raise UserError(f"{path} has no subject {unknown[0]}: --subjects takes {', '.join(map(str, found.values())) or '-'}")
+        wanted = set(map(subject_key, subjects))
+        tasks = [t for t in tasks if "type" in t and subject_key(t["type"]) in wanted]
+    return tasks[:max_samples]
 
 
 def encode_prompts(tasks, tokenizer, args, max_length):
@@ -206,7 +301,10 @@ def collect(args):
     if args.temperature <= 0 or args.top_k < 0:
         raise UserError(f"--temperature must be above 0 and --top_k not below, got {args.temperature} and {args.top_k}; for "
                         f"greedy decoding leave --do_sample false")
-    tasks = load_tasks(args)
+    if "{task}" not in args.question_template:
+        raise UserError("--question_template must contain {task}")
+    tasks = load_tasks(args.dataset_path, args.id_field, args.task_field, args.response_field, args.conversations_index,
+                       args.split, args.subjects, args.max_samples)
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     if args.chat_template == "auto" and not tokenizer.chat_template:
         args.chat_template = "none"
@@ -227,8 +325,8 @@ def collect(args):
     mine = [t for t in sorted(tasks, key=lambda t: len(t["ids"]))[rank::world] if t["id"] not in done]
     if rank == 0 and args.response_field:
         write_json(os.path.join(args.output_dir, "train.json"), [
-            {"id": t["id"], "conversations": [{"from": "human", "value": t["task"]}, {"from": "gpt", "value": t["reply"]}]}
-            for t in tasks])
+            {"id": t["id"], "conversations": [{"from": "human", "value": args.question_template.replace("{task}", t["task"])},
+                                              {"from": "gpt", "value": t["reply"]}]} for t in tasks])
     if rank == 0:
         print(f"{len(tasks)} tasks, {sum(t['id'] in done for t in tasks)} already in {args.output_dir}")
 
@@ -308,9 +406,87 @@ def inspect(args):
                       + "  ".join(f"{tokenizer.decode([t])!r} {q:.2f}" for t, q in zip(top, p)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# import, export: hidden_state is list<list<float32>>, what other tools write; float32 holds bf16 and fp16 exactly
+
+def export_messages(args):
+    pa, parquet, shards = optional("pyarrow"), optional("pyarrow.parquet"), open_shards(args.directory)
+    schema = pa.schema([*((name, pa.string()) for name in ("task_id", "task", "plan", "dtype", "record")),
+                        ("hidden_state", pa.list_(pa.list_(pa.float32())))], {"sender": json.dumps(shards.sender)})
+    ids, names = list(shards.records), {dtype: name for name, dtype in DTYPES.items()}
+    with atomic_path(args.output_file) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for i in range(0, len(ids), 64):
+            some = ids[i:i + 64]
+            latents, records = [shards[k] for k in some], [shards.records[k] for k in some]
+            flat, d = torch.cat([H.float() for H in latents]), shards.hidden_size  # (rows of all, d)
+            rows = pa.ListArray.from_arrays(pa.array(np.arange(len(flat) + 1, dtype=np.int32) * d), flat.flatten().numpy())
+            starts = np.cumsum([0, *map(len, latents)], dtype=np.int32)
+            writer.write_table(pa.table([some, [r["task"] for r in records], [r["plan"] for r in records],
+                                         [names[H.dtype] for H in latents], [json.dumps(r) for r in records],
+                                         pa.ListArray.from_arrays(pa.array(starts), rows)], schema=schema))
+    print(f"wrote {len(ids)} messages to {args.output_file}")
+
+
+def read_tables(path, split):
+    """Arrow tables of a few rows each, from a Parquet file or a save_to_disk folder."""
+    if os.path.isdir(path):
+        yield from load_saved(path, split).with_format("arrow").iter(batch_size=64)
+        return
+    parquet = optional("pyarrow.parquet")
+    try:
+        yield from parquet.ParquetFile(path).iter_batches(batch_size=64)
+    except FileNotFoundError:
+        raise UserError(f"no file or directory {path}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not a Parquet file: {str(e).splitlines()[0]}") from None
+
+
+def import_messages(args):
+    if os.path.isdir(args.output_dir) and len(LatentShards(args.output_dir)):
+        raise UserError(f"{args.output_dir} already holds messages: give a new --output_dir")
+    shards, sender, size, ids = [({}, {})], None, 0, set()
+    for table in read_tables(args.source, args.split):
+        columns = table.schema.names
+        if not {"plan", "hidden_state"} <= set(columns) or not {"task_id", "id"} & set(columns):
+            raise UserError(f"{args.source} needs columns task_id (or id), plan and hidden_state, found {', '.join(columns)}")
+        rows = table.select([name for name in columns if name != "hidden_state"]).to_pylist()
+        for row, cell in zip(rows, table.column("hidden_state")):
+            task_id = str(row["task_id"] if "task_id" in row else row["id"])
+            where = f"{args.source}: id {task_id}"
+            if task_id in ids or task_id == "__metadata__":
+                raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
+            ids.add(task_id)
+            try:
+                H = torch.from_numpy(np.stack(cell.values.to_numpy(zero_copy_only=False)))  # (L, d)
+                if H.dim() != 2 or not H.is_floating_point() or not torch.isfinite(H).all():
+                    raise ValueError(f"shape {tuple(H.shape)}, {H.dtype}, or NaN")
+            except (AttributeError, TypeError, ValueError) as e:  # null, no rows, or rows of different widths
+                raise UserError(f"{where}: hidden_state must be L rows of d finite numbers: {e}") from None
+            dtype = row.get("dtype") or ("fp16" if H.dtype == torch.float16 else "fp32")
+            if sender is None:
+                own = json.loads((table.schema.metadata or {}).get(b"sender", b"{}"))
+                sender = own or {"model": args.model_name_or_path, "hidden_size": H.shape[1], "dtype": dtype,
+                                 "format_version": FORMAT_VERSION}
+            if H.shape[1] != sender["hidden_size"] or dtype not in DTYPES:
+                raise UserError(f"{where}: a {dtype} message {H.shape[1]} wide, expected {sender['hidden_size']}")
+            if size > 512 * 2**20:
+                shards.append(({}, {}))
+                size = 0
+            shards[-1][0][task_id] = H.to(DTYPES[dtype])
+            shards[-1][1][task_id] = json.loads(row.get("record") or "null") or {
+                "task": row.get("task") or "", "plan": row["plan"] or "", "plan_token_ids": [], "sender_ms": 0.0}
+            size += shards[-1][0][task_id].nbytes
+    if not ids:
+        raise UserError(f"{args.source} holds no messages")
+    for number, (latents, records) in enumerate(shards):
+        write_shard(os.path.join(args.output_dir, f"latents-rank00000-{number:05d}.safetensors"), latents, records, sender)
+    print(f"wrote {len(ids)} messages, {sender['hidden_size']} wide, to {args.output_dir}")
+
+
 def main(argv=None):
     parser, args = get_args(argv)
-    run(parser, inspect if args.command == "inspect" else collect, args)
+    functions = {"inspect": inspect, "import": import_messages, "export": export_messages}
+    run(parser, functions.get(args.command, collect), args)
 
 
 if __name__ == "__main__":

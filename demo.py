@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
 import collect
+import compress
 import eval_alfworld
 import train_actor
 from model import Parser, UserError, atomic_path, read_json, run, wilson_interval, write_json
@@ -35,7 +36,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # The household
 
 OBJECTS = "apple bowl bread cup egg mug pan plate potato tomato".split()
-PLACES = [f"{name} {i}" for name, n in (("shelf", 2), ("cabinet", 6), ("drawer", 6)) for i in range(1, n + 1)]
+PLACES = [f"{name} {i}" for name, n in (("shelf", 2), ("cabinet", 8), ("drawer", 8)) for i in range(1, n + 1)]
 TARGETS = "coffeetable countertop desk diningtable garbagecan sidetable".split()
 APPLIANCES = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
 TYPES = ["put", *APPLIANCES]
@@ -57,7 +58,8 @@ def goal(kind, obj, target):
 
 def all_tasks(split):
     """Every (type, object, target, place) of a split as a task, in an order that is shuffled once and for all."""
-    combinations = [c for c in itertools.product(TYPES, OBJECTS, TARGETS, PLACES) if held_out(*c[:3]) == (split == "test")]
+    product = itertools.product(TYPES, OBJECTS, TARGETS, PLACES)
+    combinations = [c for c in product if held_out(*c[:3]) == (split == "test")]
     random.Random(split).shuffle(combinations)
     return [{"id": f"{split}-{i:04d}", "type": kind, "object": obj, "target": target, "place": place,
              "task": f"house memory : {place} has {obj} . your task is to : {goal(kind, obj, target)} ."}
@@ -79,7 +81,7 @@ class Household:
         self.contents = {location: [] for location in LOCATIONS}
         for obj, place in [(task["object"], task["place"]), *((obj, rng.choice(PLACES)) for obj in others)]:
             self.contents[place].append(obj)
-        return ("you are in a room . you see 2 shelf , 6 cabinet , 6 drawer . "
+        return ("you are in a room . you see 2 shelf , 8 cabinet , 8 drawer . "
                 f"your task is to : {goal(task['type'], task['object'], task['target'])} .")
 
     def step(self, action):
@@ -128,7 +130,8 @@ def look_into(place):
 def search_actions(task):
     """A search that does not know the place: the open shelves first, then every door, then the goal."""
     visited = PLACES[:PLACES.index(task["place"]) + 1]
-    actions = [action for place in visited for action in look_into(place)] + [f"take {task['object']} from {visited[-1]}"]
+    actions = [action for place in visited for action in look_into(place)]
+    actions.append(f"take {task['object']} from {task['place']}")
     if task["type"] in APPLIANCES:
         appliance = APPLIANCES[task["type"]]
         actions += [f"go to {appliance}", f"{task['type']} {task['object']} with {appliance}"]
@@ -142,12 +145,20 @@ def expert(task):
 
 
 def plan(task):
-    """The plan as text. The place comes after the goal, so a message cut to its first 8 vectors does not have it."""
+    """The plan as text. It ends with the places in the order to look in them, and the first one is right.
+
+    All numbers of a kind and all kinds occur in every plan, so it is their order that tells the place: the mean of the
+    states does not. And a message cut to its first 8 vectors says the goal only."""
     kind, obj, target, place = (task[key] for key in ("type", "object", "target", "place"))
-    steps = [f"to {goal(kind, obj, target)}", f"go to {place}", f"take {obj} from {place}"]
+    steps = [f"to {goal(kind, obj, target)}", f"take {obj}"]
     if kind in APPLIANCES:
         steps.append(f"{kind} {obj} with {APPLIANCES[kind]}")
-    return " , ".join([*steps, f"put {obj} in/on {target} 1"])
+    name, number = place.split()
+    numbers = [p.split()[1] for p in PLACES if p.startswith(name)]
+    i = numbers.index(number)
+    others = [other for other in dict.fromkeys(p.split()[0] for p in PLACES) if other != name]
+    look = f"go to {place} else {' '.join(numbers[i + 1:] + numbers[:i])} else {' '.join(others)}"
+    return " , ".join([*steps, f"put {obj} in/on {target} 1", look])
 
 
 def conversation(task, actions):
@@ -161,7 +172,8 @@ def conversation(task, actions):
 
 def training_rows():
     """What train_actor.py reads: the expert's conversation for every training task."""
-    return [{"id": task["id"], "conversations": conversation(task, expert(task))} for task in Household().tasks("train")]
+    return [{"id": task["id"], "conversations": conversation(task, expert(task))}
+            for task in Household().tasks("train")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,10 +229,10 @@ def collate(examples, vocabulary):
     return input_ids, labels
 
 
-def train_lm(tokenizer, role, seed, steps, rows=16, learning_rate=5e-3):
+def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
     """A small Qwen2 from scratch that has learned one role: "sender" writes plans, "actor" acts with or without one."""
-    torch.manual_seed(seed)
     rng = random.Random(f"{role} {seed}")
+    torch.manual_seed(rng.getrandbits(32))  # from the same start both roles would share embeddings: no need to adapt
     tasks = all_tasks("train")
     # the actor without a plan learns successful searches only: imitating cut-off ones would make no_comm look too bad
     searchable = [task for task in tasks if len(search_actions(task)) <= MAX_STEPS]
@@ -256,8 +268,8 @@ def train_lm(tokenizer, role, seed, steps, rows=16, learning_rate=5e-3):
 # The stages, each through its real script
 
 SETTINGS = {  # steps and sizes: measured so that the whole takes minutes on 2 cores
-    False: {"base": 200, "sender": 150, "collect": 1500, "episodes": 300, "actor": 100, "student": 170},
-    True: {"base": 110, "sender": 80, "collect": 600, "episodes": 60, "actor": 45, "student": 60},
+    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 300},
+    True: {"base": 300, "sender": 150, "collect": 800, "episodes": 60, "actor": 40, "student": 60},
 }
 
 
@@ -273,7 +285,7 @@ def stage(seconds, name, script, command):
 
 def household(args, out):
     """Base LMs, messages, actor, evaluation -> success, intervals and seconds by name."""
-    n, seconds, success, interval = SETTINGS[args.fast], {}, {}, {}
+    n, seconds, success, interval, message = SETTINGS[args.fast], {}, {}, {}, {}
     tokenizer, game = build_tokenizer(), Household()
     tasks = {split: game.tasks(split) for split in ("train", "test")}
     tasks["train"], tasks["test"] = tasks["train"][:n["collect"]], tasks["test"][:n["episodes"]]
@@ -294,12 +306,12 @@ def household(args, out):
     for split in tasks:
         stage(seconds, f"collect {split}", collect,
               f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_{split}.json --prompt_template '{{task}}' "
-              f"--output_dir {out}/messages_{split} --max_new_tokens 48 --batch_size 128 --torch_dtype fp32")
+              f"--output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size {n['episodes']} --torch_dtype fp32")
     stage(seconds, "train actor", train_actor,
           f"--model_name_or_path {out}/base --train_file {out}/train.json --hidden_data {out}/messages_train --output_dir "
           f"{out}/actor --max_steps {n['actor']} --global_batch_size 32 --per_device_train_batch_size 32 --learning_rate 1e-3 "
           f"--adapter_learning_rate 3e-3 --plan_similarity_weight 0.5 --random_contrast_weight 0.1 --plan_announcement "
-          f"'{PLAN_ANNOUNCEMENT}' --eval_ratio 0.05 --eval_steps 50 --logging_steps 20 --seed {args.seed}")
+          f"'{PLAN_ANNOUNCEMENT}' --eval_ratio 0.05 --eval_steps 40 --logging_steps 20 --seed {args.seed}")
 
     def play(name, model, variants, flags="", names=None):
         summary = stage(seconds, name, eval_alfworld,
@@ -309,14 +321,27 @@ def household(args, out):
         for label, figures in summary.items():
             key = (names or {}).get(label, label)
             success[key], interval[key] = figures["success"], figures["interval"]
-            details[key] = figures
+            message[key] = figures["message_rows"], figures["sender_ms"]
 
-    details = {}
     play("eval", f"{out}/actor", "none text no_comm cross_task randomrot", f"--hidden_data {out}/messages_test")
+    # stage 3: the same sender model learns to say it in 8 steps; untrained, and the full message cut to 8, beside it
+    stage(seconds, "compress", compress,
+          f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file {out}/train.json "
+          f"--hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' --K 8 --max_steps "
+          f"{n['student']} --global_batch_size 32 --per_device_train_batch_size 32 --learning_rate 2e-3 --lambda_align 0.2 "
+          f"--eval_ratio 0.05 --eval_steps 500 --logging_steps 20 --seed {args.seed}")
+    live = f"--prompt_template '{{task}}' --latent_steps 8 --sender"
+    play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
+    play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
+    stage(seconds, "collect 8 rows", collect,
+          f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_test.json --prompt_template '{{task}}' "
+          f"--output_dir {out}/messages_cut --max_new_tokens 60 --c 8 --batch_size {n['episodes']} --torch_dtype fp32")
+    play("eval cut", f"{out}/actor", "none", f"--hidden_data {out}/messages_cut", {"none": "keep8"})
     play("eval base", f"{out}/base", "no_comm", names={"no_comm": "no_comm_base"})
     wins = sum(len(search_actions(task)) <= MAX_STEPS for task in tasks["test"])
     success["search"], interval["search"] = wins / len(tasks["test"]), wilson_interval(wins, len(tasks["test"]))
-    return {"success": success, "interval": interval, "seconds": seconds, "episodes": len(tasks["test"])}
+    return {"success": success, "interval": interval, "seconds": seconds, "episodes": len(tasks["test"]),
+            "message": message}
 
 
 MEANING = {"none": "latent message", "text": "the plan as text, same actor", "no_comm": "no message, same actor",
@@ -339,9 +364,11 @@ def report(summary, out):
     with atomic_path(f"{out}/results.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-    print(f"\n{summary['episodes']} held-out tasks\n{'name':14s} {'what the actor gets':32s} success  95 % interval")
+    print(f"\n{summary['episodes']} held-out tasks\n{'name':14s} {'what the actor gets':32s} success  {'95 % interval':14s} "
+          f"rows  ms per message")
     for name, p, a, b in zip(names, success, low, high):
-        print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}]")
+        rows, ms = summary["message"].get(name, (0, 0))
+        print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}] {f'{rows:4.0f}  {ms:6.2f}' if rows else ''}")
     print(f"\n{sum(summary['seconds'].values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in summary["seconds"].items()))
     print(f"wrote {out}/summary.json and {out}/results.png; look inside a message: python collect.py inspect "
           f"{out}/messages_test --model_name_or_path {out}/sender")

@@ -925,7 +925,8 @@ def wilson_interval(successes, n, z=1.96):
         return 0.0, 1.0
     p, centre = successes / n, successes / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    # p itself is inside, whatever rounding says
+    return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))
 
 
 def boolean(text):

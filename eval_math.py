@@ -1,0 +1,505 @@
+"""
+Stage 4b: the actor answers MATH problems under every communication variant.
+
+  python eval_math.py --model_path actor --hidden_data messages_test --dataset MATH --split test \\
+      --variants none text no_comm cross_task randomrot --output_dir results_math
+  torchrun --nproc_per_node 8 eval_math.py --model_path actor --sender student --latent_steps 64 8 --dataset MATH \\
+      --samples_per_question 8 --temperature 0.7 --output_dir results_k
+  python eval_math.py --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset MATH --variants no_comm --output_dir results_base
+
+Run it again after a kill: answers that are on disk are not given again. An answer depends on its problem, the variant and
+the seed, not on the batch size, the number of ranks or a restart.
+"""
+import argparse
+import contextlib
+import datetime
+import glob
+import json
+import os
+import re
+import time
+from fractions import Fraction
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import DynamicCache
+
+import collect
+from model import (DTYPES, LATENT_VARIANTS, VARIANTS, LatentActor, Parser, UserError, actor_of, atomic_path, boolean,
+                   check_messages, collate, end_of_turn, lm_logits, load_config, message_row, open_shards, positive,
+                   read_json, run, seed_for, wilson_interval, write_json, write_text)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def get_args(argv):
+    parser = Parser(prog="eval_math.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    g = parser.add_argument_group("actor")
+    g.add_argument("--model_path", required=True, help="an actor directory, or a plain causal LM (no_comm only)")
+    g.add_argument("--baseline_path", nargs="*", default=[], help="actors trained with --message text (for cot_full) and "
+                                                                  "--message none (for no_cot)")
+    g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the actor's parameters")
+    g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
+    g = parser.add_argument_group("messages")
+    g.add_argument("--hidden_data", help="--output_dir of collect.py for these problems")
+    g.add_argument("--sender", help="a live sender: collect.py math runs first, on these problems, into --output_dir")
+    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: one row per K latent steps")
+    g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
+    g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
+    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
+    g = parser.add_argument_group("problems")
+    g.add_argument("--dataset", required=True, help="as --dataset_path of collect.py: MATH's directory, a file, a hub id")
+    g.add_argument("--split", default="test", help="of a directory or a hub dataset")
+    g.add_argument("--subjects", nargs="+", help="only these subjects")
+    g.add_argument("--num_samples", type=positive, help="only the first N problems")
+    g.add_argument("--question_template", default=collect.MATH_QUESTION, help="what the actor is asked, as in training")
+    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent is another name of none)")
+    g.add_argument("--grader", choices=["builtin", "math_verify"], default="builtin", help="MATH's string rules, or the library")
+    g = parser.add_argument_group("decoding")
+    g.add_argument("--samples_per_question", type=positive, default=1, help="answers drawn per problem")
+    g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    g.add_argument("--max_length", type=positive, default=2048, help="new tokens per answer")
+    g.add_argument("--batch_size", type=positive, default=32, help="answers written together")
+    g.add_argument("--seed", type=int, default=0, help="of sampling, cross_task and the perturbations")
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_dir", required=True, help="detailed_results.jsonl, summary.json, results.png")
+    return parser, parser.parse_args(argv)
+
+
+SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_template", "max_plan_tokens", "dataset", "split",
+            "subjects", "num_samples", "question_template", "grader", "temperature", "max_length", "seed",
+            "torch_dtype"]  # what an answer and its grade depend on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers: read the box, then compare as MATH's graders do (spelling is forgiven, arithmetic is not)
+
+UNICODE = str.maketrans({"−": "-", "π": r"\pi ", "∞": r"\infty ", "°": "", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+                         "∪": r"\cup ", "×": r"\times ", "·": r"\times ", "√": r"\sqrt ", "²": "^2", "³": "^3"})
+END = r"(?![a-zA-Z])"  # of a command's name
+WORDS = r"\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{"
+SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in [
+    (r",\\!\s*(?=\d{3})|\{,\}(?=\d{3})", ""),  # 10,\!000 and 10{,}000
+    (r"\\\\", ";"), (r"\\begin\s*\{(\w+)\}", r"[\1;"), (r"\\end\s*\{\w+\}", "]"),  # matrices; now \( is LaTeX's $
+    (rf"\\(?:left|right|[bB]igg?[lr]?){END}\.?|\\displaystyle{END}|\\!", ""),
+    (rf"\\[,;: ]|\\q?quad{END}|~|\s+", " "),
+    (rf"\\?[$%]|\\[()\[\]]|\^?\s*\\degree{END}|\^\s*(?:\\circ{END}|\{{\s*\\circ\s*\}})", ""),
+    (rf"\\[dtc]frac{END}", r"\\frac"), (rf"\\([lgn])eq?(?:slant)?{END}", r"\\\1e "),
+    (rf"\\varnothing{END}", r"\\emptyset "), (rf"\\cdot{END}|\*", r"\\times "),
+    (rf"(?<![\\a-zA-Z])(sqrt|pi{END})", r"\\\1"), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\(?:math|text)(?:bf|it)\s*\{([^{}]*)\}", r"\1"), (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (rf"(?:,\s*)?(?:{WORDS}\s*(?:and|or)\s*\}}|\s(?:and|or)\s)", ", "),
+]]
+# Units go, but only at the end and after a value; 3\mathrm{i}, 6\text{ PM} and 4\text{ million} have none.
+TEXT_UNIT = re.compile(r"(?:(?<=[\d})\]])|(?<=\\pi)|(?<=(?<![\\a-z])[a-z]))(?:(?:\s|/|\\times)*" + WORDS +
+                       r"(?!\s*(?:[ie]|[ap]\.?\s?m\.?|\w+illion|thousand|hundred|dozen)\s*\})[^{}]*\}"
+                       r"(?:\^\{?\d\}?)?)+\s*$", re.I)
+BARE_UNIT = re.compile(r"(?:(?<=[\d})])\s*|(?<=[a-z])\s+)(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:degrees?|radians?|"
+                       r"(?:dollar|cent|yard|mile|second|minute|hour|day|week|month|year|pound|unit|point|way|"
+                       r"(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re)))s?|inch(?:es)?|foot|feet|ft|mph|"
+                       r"in|[ckm]m|kg|percent|people)(?:\s*\^\s*\{?\d\}?)?\s*$", re.I)
+NAME = re.compile(r"(\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([a-zA-Z\d]\))?|\([a-z](?:,[a-z])+\))"  # x, a_1, f(x), (x,y)
+                  r"(?:=|\\in(?=[\[(\\]))(?!.*=)")
+# A product without signs, such as 3\sqrt{2}x^2. 1/2x and 1/2/3 can be read in two ways, so SLASH leaves them alone.
+TERM = rf"(?:\d|[a-zA-Z]|\\[a-zA-Z]+{END}~?|\^|\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})+"
+GROUP = rf"\((-?{TERM}(?:[-+]{TERM})*)\)"
+SLASH = re.compile(rf"(?<![\w\\}})!'^|.~/])(?:{GROUP}|({TERM}))/(?:{GROUP}|(\d+|[a-zA-Z]|\\[a-zA-Z]+(?:\{{\w+\}})?))"
+                   r"(?![\w\\{(^/.!'~])")
+
+
+def argument(text, start):
+    r"""The LaTeX argument at `start`: {group}, \command or one character. Returns (content or None, end)."""
+    match = re.compile(r"[\s~]*(\{|\\[a-zA-Z]+|[^\s{}])").match(text, start)
+    if not match or match[1] != "{":
+        return (match[1], match.end()) if match else (None, start)
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, match.end() - 1):  # \\. first: \{ is a set, not a group
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[match.end():brace.start()], brace.end()
+    return None, start
+
+
+def extract_answer(text):
+    r"""Content of the last \boxed{} or \fbox{} in `text`, or None: no box, an empty one, or one that never closes."""
+    boxes = list(re.finditer(rf"\\(?:boxed|fbox){END}\s*", text or ""))
+    if not boxes:
+        return None
+    end = boxes[-1].end()
+    if text[end:end + 1] == "{":
+        answer = argument(text, end)[0]
+    else:
+        answer = re.compile(r"[^\s$]*").match(text, end)[0].rstrip(".,;")  # \boxed 5
+    return (answer or "").strip() or None
+
+
+def canonical(text):
+    r"""Give \frac and \sqrt all their braces (\frac12, \frac1{72}, \sqrt3) and put a fraction's sign in front of it."""
+    for match in reversed(list(re.finditer(r"\\(frac|sqrt(?!\s*\[))", text))):  # from the right: inner ones come first
+        top, end = argument(text, match.end())
+        bottom, end = argument(text, end) if match[1] == "frac" else ("", end)
+        if top is None or bottom is None:
+            continue
+        new, before = rf"\sqrt{{{top}}}", text[:match.start()]
+        if match[1] == "frac":
+            if before[-1:] in ("", *"([{,;&=<>+-"):  # 2\frac{-1}{3} is a product, not 2-\frac13
+                signs = [part for part in (top, bottom) if re.fullmatch(r"-[^-+]+", part)]
+                before += "-" * len(signs)
+                top, bottom = (part[1:] if part in signs else part for part in (top, bottom))
+            new = rf"\frac{{{top}}}{{{bottom}}}"
+        text = before + new + text[end:]
+    return text
+
+
+def decimal(match):
+    r"""A decimal as the reduced fraction it is: .5 -> \frac{1}{2}, 5.00 -> 5."""
+    value = Fraction(match[0])
+    return str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def normalize(answer, thousands=True):
+    """An answer as its top-level elements [(name or "", value)]: "x=1, 2.0" -> [("x", "1"), ("", "2")]."""
+    s = answer.translate(UNICODE)
+    for pattern, spelling in SPELLINGS:
+        s = pattern.sub(spelling, s)
+    s = re.sub(r"(?<!\.)\.\s*$", "", s.strip())
+    s = re.sub(WORDS + r"([^{}]*)\}", r"\1", TEXT_UNIT.sub("", s))  # words that are no unit are the answer
+    s = BARE_UNIT.sub("", s)
+    if thousands and not re.search(r"[(\[]|\\\{", s):  # (1,234) is a pair
+        s = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", ""), s)
+    s = re.sub(r"(?<![\d.])(?<!\d )\d{1,3}(?: \d{3})+(?! ?\d)", lambda m: m[0].replace(" ", ""), s)
+    s = re.sub(r"(?<=\d) (\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}", s)  # 1 1/2 is not 11/2
+    s = re.sub(r"(?<=\d) (?=\d)", "~", s)  # nor is 1 2 twelve
+    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1~", s).replace(" ", "")  # nor \pi r a command \pir
+    s = re.sub(r"(?<![\d.])\d*\.\d+(?![\d.]|\\(?:overline|bar|dot|ldots|cdots))", decimal, s)
+    s = SLASH.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", s)
+    s = canonical(s).replace("+-", "-").replace("--", "+")
+    s = re.sub(r"(?<![^(\[{,=])\+", "", s)  # a leading plus
+    s = re.sub(r"([\^_])\{(\w)\}", r"\1\2", s)
+    s = re.sub(r"^\(([A-Z])\)$", r"\1", s)  # the choice (A)
+    while s[:1] == "{" and argument(s, 0)[1] == len(s):
+        s = s[1:-1]
+    elements, depth = [""], 0
+    for token in re.findall(r"\\.|.", s):
+        depth += (token in "([{" or token == r"\{") - (token in ")]}" or token == r"\}")
+        elements[-1] += token
+        if token == "," and depth == 0:
+            elements[-1:] = [elements[-1][:-1], ""]
+    named = [(m[1], e[m.end():]) if (m := NAME.match(e)) else ("", e) for e in elements if e]
+    return [(name, value.lower() if re.fullmatch(r"No|[A-Z]?[a-z]{2,}", value) else value) for name, value in named]
+
+
+def is_equiv(a, b):
+    """Whether two answers (str or None) are the same by MATH's conventions. A missing answer equals nothing."""
+    for thousands in (True, False):  # 100,200 is one number, or the list 100, 200
+        x, y = normalize(a or "", thousands), normalize(b or "", thousands)
+        if x and len(x) == len(y) and all(
+                v == w and (m == n or not (m and n)) for (m, v), (n, w) in zip(x, y)):  # x=5 is 5, and not y=5
+            return True
+    return False
+
+
+def load_grader(name):
+    """--grader -> correct(answer or None, reference) -> bool."""
+    if name == "builtin":
+        return is_equiv
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError("--grader math_verify needs the library: pip install math-verify[antlr4_13_2]") from None
+    return lambda answer, reference: answer is not None and bool(math_verify.verify(
+        *(math_verify.parse(rf"\boxed{{{text}}}") for text in (reference, answer))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+@torch.inference_mode()
+def generate(actor, rows, uniforms, args):
+    """Answer a batch of rows of `message_row` -> [(token ids, milliseconds, error or None)].
+
+    uniforms (B, max_length): one random number per token of each row, or None for greedy answers. Prompts are padded
+    on the right; the holes stay in the cache, masked, and position ids skip them, so a row says what it would alone."""
+    lm, device = actor.lm, actor.lm.device
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", 2**31)
+    stop = {end_of_turn(actor.tokenizer)[-1], actor.tokenizer.eos_token_id} - {None}
+    stop = torch.tensor(sorted(stop), device=device)
+    ids, ms, errors = [[] for _ in rows], [0.0] * len(rows), [None] * len(rows)
+    batch, cache = collate(rows, device), DynamicCache()
+    inputs_embeds, mask = actor.embed(batch), batch["attention_mask"]  # (b, T, D), (b, T)
+    if mask.sum(1).max() >= limit:
+        raise ValueError(f"a prompt of {mask.sum(1).max()} tokens fills the actor's context of {limit}")
+    position_ids, last = (mask.cumsum(1) - 1).clamp(min=0), mask.sum(1) - 1
+    live = torch.arange(len(rows), device=device)  # (b,) row of the batch -> row of the call
+    for step in range(args.max_length):
+        clock = time.perf_counter()
+        out = lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids,
+                               past_key_values=cache, use_cache=True)
+        logits = lm_logits(lm, out.last_hidden_state[torch.arange(len(live), device=device), last])  # (b, V)
+        finite = (logits < torch.inf).all(-1)
+        if uniforms is None:
+            next_ids = logits.argmax(-1)  # (b,)
+        else:
+            cdf = (logits / args.temperature).double().softmax(-1).cumsum(-1)  # (b, V)
+            draw = uniforms[live, step, None] * cdf[:, -1:]
+            next_ids = torch.searchsorted(cdf, draw, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+        said = finite & ~torch.isin(next_ids, stop)
+        rows_now, ids_now, finite_now, said_now = (x.tolist() for x in (live, next_ids, finite, said))
+        for row, token, is_finite, is_said in zip(rows_now, ids_now, finite_now, said_now):
+            ms[row] += 1000 * (time.perf_counter() - clock) / len(rows_now)
+            ids[row] += [token] if is_said else []
+            errors[row] = None if is_finite else "the logits are not finite"
+        index = (said & (mask.sum(1) < limit)).nonzero().squeeze(1)
+        if len(index) == 0:
+            break
+        if len(index) < len(live):  # finished rows leave the batch, so all work is on live ones
+            cache.batch_select_indices(index)
+            live, next_ids, mask = live[index], next_ids[index], mask[index]
+        position_ids, last = mask.sum(1, keepdim=True), 0
+        mask, inputs_embeds = F.pad(mask, (0, 1), value=1), lm.get_input_embeddings()(next_ids[:, None])
+    return list(zip(ids, ms, errors))
+
+
+def answer(actor, rows, uniforms, args):
+    """`generate`, but an exception fails no more than the row that raised it: the halves are tried alone."""
+    try:
+        return generate(actor, rows, uniforms, args)
+    except Exception as e:
+        error = " ".join(f"{type(e).__name__}: {e}".split())
+    if len(rows) == 1:
+        return [([], 0.0, error)]
+    half = len(rows) // 2
+    parts = (slice(0, half), slice(half, None))
+    return sum((answer(actor, rows[p], None if uniforms is None else uniforms[p], args) for p in parts), [])
+
+
+def answer_jobs(actor, jobs, tasks, sources, correct, args):
+    """Jobs [(label, variant, problem n, sample k)] -> their records."""
+    rows, uniforms, questions = [], None, []
+    for label, variant, n, k in jobs:
+        questions.append(args.question_template.replace("{task}", tasks[n]["task"]).strip())
+        messages = [{"role": "user", "content": questions[-1]}]
+        rows.append(message_row(actor, messages, n, variant, args.seed, sources[label], tasks))
+    if args.temperature > 0:  # one number per token, from the sample's own generator: no two samples are the same
+        seeds = [seed_for("answer", args.seed, tasks[n]["id"], k) for _, _, n, k in jobs]
+        uniforms = torch.stack([torch.rand(args.max_length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                                for seed in seeds]).to(actor.lm.device)  # (B, max_length)
+    records = []
+    for (label, variant, n, k), row, question, (ids, ms, error) in zip(jobs, rows, questions, answer(actor, rows, uniforms, args)):
+        task, text = tasks[n], actor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        extracted = extract_answer(text)
+        sender_ms = sources[label][0].records[task["id"]]["sender_ms"] if row["message_rows"] else 0.0
+        records.append({
+            "variant": label, "id": task["id"], "sample": k, "level": task["level"], "subject": task["type"], "question": question,
+            "reference_answer": task["answer"], "model_output": text, "extracted_answer": extracted,
+            "correct": error is None and correct(extracted, task["answer"]), "failed": error is not None, "error": error,
+            "message_rows": row["message_rows"], "tokens": len(ids), "sender_ms": sender_ms, "actor_ms": ms,
+            "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")})
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+def read_parts(directory):
+    """{(variant, id, sample): record} of all ranks of all runs; a line that a kill tore is skipped."""
+    records = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(directory), "parts", "*.jsonl"))):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    records[record["variant"], record["id"], record["sample"]] = record
+    return records
+
+
+def figures(records):
+    """Accuracy (pass@1, the mean over samples), pass@n and majority vote of a set of records of one variant."""
+    questions = {}
+    for record in records:
+        questions.setdefault(record["id"], []).append(record)
+    n, votes = len(questions), 0
+    for samples in questions.values():
+        groups = []  # the same answers, by the first of them; the first group wins a tie
+        for s in samples:
+            if s["extracted_answer"] is not None:
+                group = next((g for g in groups if is_equiv(g[0]["extracted_answer"], s["extracted_answer"])), None)
+                groups.append([s]) if group is None else group.append(s)
+        votes += bool(groups) and max(groups, key=len)[0]["correct"]
+    accuracy = sum(sum(s["correct"] for s in samples) / len(samples) for samples in questions.values()) / n
+    return {"questions": n, "samples": len(records), "accuracy": accuracy,
+            "interval": list(wilson_interval(accuracy * n, n)),  # n questions: samples of one are not independent
+            "pass_at_n": sum(any(s["correct"] for s in samples) for samples in questions.values()) / n,
+            "majority": votes / n, "failed": sum(r["failed"] for r in records),
+            "no_answer": sum(r["extracted_answer"] is None for r in records)}
+
+
+def summarize(records):
+    """{label: figures} from the lines of detailed_results.jsonl; every number in the table and picture comes from here."""
+    summary = {}
+    for label in dict.fromkeys(r["variant"] for r in records):
+        rows = [r for r in records if r["variant"] == label]
+        summary[label] = figures(rows) | {
+            "message_rows": sum(r["message_rows"] for r in rows) / len(rows), "tokens": sum(r["tokens"] for r in rows) / len(rows),
+            **{f"by_{key}": {value: figures([r for r in rows if r[key] == value]) for value in sorted({r[key] for r in rows})}
+               for key in ("level", "subject")}}
+    return summary
+
+
+def print_table(summary):
+    print(f"\n{'variant':18s} {'accuracy':>8s}  {'95 % interval':14s} {'pass@n':>6s} {'majority':>8s} {'failed':>6s} {'no answer':>9s} "
+          f"{'rows':>6s} {'tokens':>6s}")
+    for label, s in summary.items():
+        print(f"{label:18s} {s['accuracy']:8.3f}  [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] {s['pass_at_n']:6.3f} "
+              f"{s['majority']:8.3f} {s['failed']:6d} {s['no_answer']:9d} {s['message_rows']:6.1f} {s['tokens']:6.0f}")
+    first = next(iter(summary.values()))
+    for key in ("level", "subject"):
+        print(f"\n{'by ' + key:24s} {'n':>5s} " + " ".join(f"{label:>11s}" for label in summary))
+        for value, f in first[f"by_{key}"].items():
+            print(f"{value or '-':24s} {f['questions']:5d} " + " ".join(
+                f"{s[f'by_{key}'][value]['accuracy']:{max(11, len(label))}.3f}" for label, s in summary.items()))
+
+
+def plot(summary, path):
+    """Accuracy by level, one line per variant, with its intervals."""
+    levels = list(next(iter(summary.values()))["by_level"])
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for n, (label, s) in enumerate(summary.items()):
+        cells = [s["by_level"][level] for level in levels]
+        y, (low, high) = np.array([c["accuracy"] for c in cells]), np.array([c["interval"] for c in cells]).T
+        x = np.arange(len(levels)) + 0.03 * (n - len(summary) / 2)  # side by side, so that all bars are seen
+        axis.errorbar(x, y, yerr=[np.maximum(y - low, 0), np.maximum(high - y, 0)], marker="o", capsize=3,
+                      label=f"{label} ({s['accuracy']:.2f})")
+    axis.set_xticks(range(len(levels)), [level or "all" for level in levels])
+    axis.set(ylim=(0, 1), xlabel="level", ylabel="accuracy (95 % Wilson interval)")
+    axis.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def evaluate(args):
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    variants = list(dict.fromkeys("none" if v == "latent" else v for v in args.variants))
+    if args.latent_steps and not args.sender:
+        raise UserError("--latent_steps needs --sender: the student that thinks these steps")
+    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
+        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
+    if args.temperature < 0 or args.temperature == 0 and args.samples_per_question > 1:
+        raise UserError(f"--temperature {args.temperature:g} with --samples_per_question {args.samples_per_question}: samples "
+                        f"need a temperature above 0, or they are all the same")
+    if "{task}" not in args.question_template:
+        raise UserError("--question_template must contain {task}")
+    correct = load_grader(args.grader)
+    tasks = collect.load_tasks(args.dataset, split=args.split, subjects=args.subjects, max_samples=args.num_samples)
+    for task in tasks:
+        task["answer"] = extract_answer(task["reply"])
+        if task["answer"] is None:
+            raise UserError(f"{args.dataset}: id {task['id']}: its solution has no \\boxed{{}} with the reference answer")
+        task["level"] = str(task.get("level", "")).removeprefix("Level ")
+        task["type"] = str(task.get("type", ""))
+    paths, infos = actor_of(variants, args.model_path, args.baseline_path)
+    for path in dict.fromkeys(paths.values()):
+        context = getattr(load_config(path, args.trust_remote_code), "max_position_embeddings", 2**31)
+        if args.max_length >= context:
+            raise UserError(f"--max_length {args.max_length} fills the context of {path}, {context} positions: lower it")
+
+    # what is on disk is not answered again, if it was answered with the same settings
+    settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    settings_path = os.path.join(args.output_dir, "settings.json")
+    if os.path.exists(settings_path) and (before := read_json(settings_path)) != settings:
+        changed = ", ".join("--" + k for k in settings if before.get(k) != settings[k])
+        raise UserError(f"{args.output_dir} has results with another {changed}: give another --output_dir")
+
+    # messages: stored, or from a live sender, which is stage 1 run on these problems
+    shards = {}  # suffix of the label -> LatentShards
+    if args.hidden_data:
+        shards[""] = open_shards(args.hidden_data)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        dist.barrier()
+    for steps in (args.latent_steps or [None]) if args.sender else []:
+        directory = os.path.join(args.output_dir, f"messages_k{steps}" if steps else "messages")
+        collect.main([
+            "math", "--model_name_or_path", args.sender, "--dataset_path", args.dataset, "--split", args.split,
+            "--response_field", "", "--output_dir", directory, "--torch_dtype", args.torch_dtype, "--batch_size",
+            str(args.batch_size), "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
+            *(["--subjects", *args.subjects] if args.subjects else []),
+            *(["--max_samples", str(args.num_samples)] if args.num_samples else []),
+            *(["--latent_steps", str(steps)] if steps else []),
+            *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
+        if world > 1:
+            dist.barrier()
+        shards[f"_k{steps}" if steps else ""] = open_shards(directory)
+    sources, plans, variant_of = {}, next(iter(shards.values()), None), {}  # label -> (shards, share to keep); label -> variant
+    for variant in variants:
+        cells = [("", plans, 1.0)]
+        if variant in LATENT_VARIANTS:
+            cells = [(suffix + ("" if keep == 1 else f"_keep{keep:g}"), s, keep) for suffix, s in shards.items()
+                     for keep in args.keep_ratio] or cells
+        for suffix, s, keep in cells:
+            check_messages(paths[variant], infos[paths[variant]], variant, s, tasks)
+            sources[variant + suffix], variant_of[variant + suffix] = (s, keep), variant
+    write_json(settings_path, settings) if rank == 0 else None
+
+    # answer; the ranks share the whole list, not what is pending, so that any number of ranks can go on
+    order = sorted(range(len(tasks)), key=lambda n: len(tasks[n]["task"]))  # equal lengths together: little padding
+    samples, done = range(args.samples_per_question), read_parts(args.output_dir)
+    jobs = [(label, variant, n, k) for label, variant in variant_of.items() for n in order for k in samples][rank::world]
+    jobs = [job for job in jobs if (job[0], tasks[job[2]]["id"], job[3]) not in done]
+    bar = tqdm(total=len(jobs), desc="answer", unit="answer", disable=rank > 0 or None)
+    os.makedirs(os.path.join(args.output_dir, "parts"), exist_ok=True)
+    with open(os.path.join(args.output_dir, "parts", f"rank{rank:05d}.jsonl"), "a", encoding="utf-8") as part:
+        part.write("\n")  # ends a line that a kill tore
+        for path in dict.fromkeys(paths.values()):
+            pending = [job for job in jobs if paths[job[1]] == path]
+            actor = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code) if pending else None
+            for i in range(0, len(pending), args.batch_size):
+                batch = pending[i:i + args.batch_size]
+                for record in answer_jobs(actor, batch, tasks, sources, correct, args):
+                    part.write(json.dumps(record, ensure_ascii=False) + "\n")
+                part.flush()
+                os.fsync(part.fileno())
+                bar.update(len(batch))
+            del actor
+    bar.close()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+
+    # the files and the table, from the answers on disk
+    done = read_parts(args.output_dir)
+    records = [done[label, task["id"], k] for label in variant_of for task in tasks for k in samples]
+    write_text(os.path.join(args.output_dir, "detailed_results.jsonl"),
+               "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    summary = summarize(records)
+    write_json(os.path.join(args.output_dir, "summary.json"), {
+        "settings": settings, "samples_per_question": args.samples_per_question, "variants": summary})
+    plot(summary, os.path.join(args.output_dir, "results.png"))
+    print_table(summary)
+    failed = [record for record in records if record["failed"]]
+    if failed:
+        print(f"\n{len(failed)} answers failed and count as wrong; the first, {failed[0]['variant']} {failed[0]['id']}: "
+              f"{failed[0]['error']}")
+    print(f"\nwrote summary.json, results.png and detailed_results.jsonl with {len(records)} answers to {args.output_dir}")
+    return summary
+
+
+def main(argv=None):
+    parser, args = get_args(argv)
+    return run(parser, evaluate, args)
+
+
+if __name__ == "__main__":
+    main()
