@@ -4,7 +4,7 @@ Stage 1: a sender writes plans; its last-layer hidden states become messages, in
   python collect.py alfworld --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_path alfworld_sft.json \\
       --output_dir messages
   torchrun --nproc_per_node 8 collect.py custom --model_name_or_path M --dataset_path tasks.jsonl --output_dir messages
-  python collect.py math --model_name_or_path M --dataset_path MATH --split train --subjects algebra --output_dir messages
+  python collect.py math --model_name_or_path M --dataset_path MATH --subjects algebra --output_dir messages
   python collect.py inspect messages --id train-3 --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
   python collect.py export messages --output_file messages.parquet
   python collect.py import messages.parquet --output_dir messages_again
@@ -32,9 +32,9 @@ from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, atomic
                    share, write_json, write_shard)
 
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
-MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps that "
-               "lead to the solution, in order and in general terms. Do no calculation and do not state the answer.\n"
-               "The problem is: {task}")
+MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "
+               "that lead to the solution, in order and in general terms. Do no calculation and do not state the "
+               "answer.\nThe problem is: {task}")
 MATH_QUESTION = "{task}\nPut the final answer in \\boxed{}."  # what the actor reads, in train.json and in eval_math.py
 PRESETS = {  # name: (sender's prompt, conversation turn with the task, its field, field of the reply, actor's question)
     "alfworld": (PLAN_PROMPT, 2, "task", None, "{task}"),  # ETO's turns: instruction, OK, task
@@ -51,7 +51,7 @@ def get_args(argv):
         p = commands.add_parser(name, help=f"collect messages, {name} prompt and fields", allow_abbrev=False)
         g = p.add_argument_group("data")
         g.add_argument("--dataset_path", required=True,
-                       help=".json, .jsonl or .parquet: records with an id and a task; MATH's own directory; or a hub id")
+                       help=".json, .jsonl, .parquet: records with an id and a task; MATH's own directory; or a hub id")
         g.add_argument("--output_dir", required=True, help="where the shards go; an existing directory is continued")
         g.add_argument("--id_field", default="id", help="field of the task's id")
         g.add_argument("--task_field", default=task_field, help="field of the task's text; '' reads conversations")
@@ -59,7 +59,7 @@ def get_args(argv):
                        help="without a task field: the turn of `conversations` that holds the task")
         g.add_argument("--response_field", default=response_field,
                        help="field of the reference reply: also writes train.json for train_actor.py")
-        g.add_argument("--question_template", default=question, help="the actor's question in train.json; {task} is replaced")
+        g.add_argument("--question_template", default=question, help="the actor's question in train.json")
         g.add_argument("--split", default="train", help="of a directory or a hub dataset")
         g.add_argument("--subjects", nargs="+", help="only these values of the field `type` (or `subject`)")
         g.add_argument("--max_samples", type=positive, help="only the first N tasks")
@@ -76,11 +76,11 @@ def get_args(argv):
         g.add_argument("--do_sample", type=boolean, default=False, help="sample instead of taking the likeliest token")
         g.add_argument("--temperature", type=float, default=1.0, help="with --do_sample true")
         g.add_argument("--top_p", type=share, default=1.0, help="with --do_sample true: nucleus sampling")
-        g.add_argument("--top_k", type=int, default=0, help="with --do_sample true: only the k likeliest tokens; 0: all")
+        g.add_argument("--top_k", type=int, default=0, help="with --do_sample true: only the k likeliest; 0: all")
         g.add_argument("--seed", type=int, default=0, help="of the uniform number of each (task, step)")
         g.add_argument("--batch_size", type=positive, default=16, help="prompts decoded together")
         g.add_argument("--c", type=positive, help="store only the first N states of each message")
-        g.add_argument("--latent_steps", type=positive, help="think K latent steps instead of writing a plan (compress.py)")
+        g.add_argument("--latent_steps", type=positive, help="think K latent steps instead of writing a plan")
     p = commands.add_parser("inspect", help="what is in the shards", allow_abbrev=False)
     p.add_argument("directory", help="--output_dir of a collection")
     p.add_argument("--id", help="only this task")
@@ -91,7 +91,7 @@ def get_args(argv):
     p.add_argument("--output_dir", required=True, help="a new directory for the shards")
     p.add_argument("--model_name_or_path", default="unknown", help="the sender's name, kept in the shards")
     p.add_argument("--split", default="train", help="of a save_to_disk folder with splits")
-    p = commands.add_parser("export", help="shards -> one Parquet file that import reads bit for bit", allow_abbrev=False)
+    p = commands.add_parser("export", help="shards -> one Parquet file; import gives the same bits", allow_abbrev=False)
     p.add_argument("directory", help="--output_dir of a collection")
     p.add_argument("--output_file", required=True, help="the .parquet to write")
     return parser, parser.parse_args(argv)
@@ -160,8 +160,8 @@ def subject_key(name):
     return re.sub(r"[\W_]+", "_", str(name).lower().replace("&", "and"))
 
 
-def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0, split="train",
-               subjects=None, max_samples=None):
+def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0,
+               split="train", subjects=None, max_samples=None):
     """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is left out."""
     records = read_records(path, split)
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
@@ -178,7 +178,8 @@ def load_tasks(path, id_field="id", task_field="problem", response_field="soluti
         elif "conversations" in record:
             turns = record["conversations"]
             if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
-                raise UserError(f"{where}: no turn {conversations_index} in its conversations, see --conversations_index")
+                raise UserError(f"{where}: its conversations have no turn {conversations_index}, see "
+                                f"--conversations_index")
             turn = turns[conversations_index]
             task = turn.get("value") if isinstance(turn, dict) else None
         else:
@@ -192,10 +193,10 @@ def load_tasks(path, id_field="id", task_field="problem", response_field="soluti
         tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(response_field),
                       **{k: v for k, v in labels.items() if v is not None}})
     if subjects:
-        found = {subject_key(t["type"]): t["type"] for t in tasks if "type" in t}
+        found = {subject_key(t["type"]): str(t["type"]) for t in tasks if "type" in t}
         unknown = [s for s in subjects if subject_key(s) not in found]
         if unknown:
-            raise UserError(f"{path} has no subject {unknown[0]}: --subjects takes {', '.join(map(str, found.values())) or '-'}")
+            raise UserError(f"{path} has no subject {unknown[0]}, it has: {', '.join(found.values()) or 'none'}")
         wanted = set(map(subject_key, subjects))
         tasks = [t for t in tasks if "type" in t and subject_key(t["type"]) in wanted]
     return tasks[:max_samples]
@@ -299,8 +300,8 @@ def think(sender, prompts, steps):
 def collect(args):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if args.temperature <= 0 or args.top_k < 0:
-        raise UserError(f"--temperature must be above 0 and --top_k not below, got {args.temperature} and {args.top_k}; for "
-                        f"greedy decoding leave --do_sample false")
+        raise UserError(f"--temperature must be above 0, --top_k not below, got {args.temperature} and {args.top_k}: "
+                        f"for greedy decoding leave --do_sample false")
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
     tasks = load_tasks(args.dataset_path, args.id_field, args.task_field, args.response_field, args.conversations_index,
@@ -325,8 +326,9 @@ def collect(args):
     mine = [t for t in sorted(tasks, key=lambda t: len(t["ids"]))[rank::world] if t["id"] not in done]
     if rank == 0 and args.response_field:
         write_json(os.path.join(args.output_dir, "train.json"), [
-            {"id": t["id"], "conversations": [{"from": "human", "value": args.question_template.replace("{task}", t["task"])},
-                                              {"from": "gpt", "value": t["reply"]}]} for t in tasks])
+            {"id": t["id"], "conversations": [
+                {"from": "human", "value": args.question_template.replace("{task}", t["task"])},
+                {"from": "gpt", "value": t["reply"]}]} for t in tasks])
     if rank == 0:
         print(f"{len(tasks)} tasks, {sum(t['id'] in done for t in tasks)} already in {args.output_dir}")
 
@@ -395,8 +397,8 @@ def inspect(args):
         lm, tokenizer = load_lm(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
     for task_id in ids[:1 if args.model_name_or_path else 10]:
         record = shards.records[task_id]
-        print(f"\n{task_id}: {shards.lengths[task_id]} rows, {record['sender_ms']:.1f} ms\n  task: {record['task'][:300]}"
-              f"\n  plan: {record['plan'][:300]}")
+        print(f"\n{task_id}: {shards.lengths[task_id]} rows, {record['sender_ms']:.1f} ms\n"
+              f"  task: {record['task'][:300]}\n  plan: {record['plan'][:300]}")
         if args.model_name_or_path:
             with torch.inference_mode():
                 probs = lm_logits(lm, shards[task_id].float()).softmax(-1)  # (L, V)
@@ -414,27 +416,28 @@ def export_messages(args):
     schema = pa.schema([*((name, pa.string()) for name in ("task_id", "task", "plan", "dtype", "record")),
                         ("hidden_state", pa.list_(pa.list_(pa.float32())))], {"sender": json.dumps(shards.sender)})
     ids, names = list(shards.records), {dtype: name for name, dtype in DTYPES.items()}
-    with atomic_path(args.output_file) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with atomic_path(args.output_file) as path, parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         for i in range(0, len(ids), 64):
             some = ids[i:i + 64]
             latents, records = [shards[k] for k in some], [shards.records[k] for k in some]
-            flat, d = torch.cat([H.float() for H in latents]), shards.hidden_size  # (rows of all, d)
-            rows = pa.ListArray.from_arrays(pa.array(np.arange(len(flat) + 1, dtype=np.int32) * d), flat.flatten().numpy())
+            flat = torch.cat([H.float() for H in latents]).numpy()  # (rows of all, d)
+            ends = np.arange(len(flat) + 1, dtype=np.int32) * shards.hidden_size
+            rows = pa.ListArray.from_arrays(ends, flat.ravel())
             starts = np.cumsum([0, *map(len, latents)], dtype=np.int32)
             writer.write_table(pa.table([some, [r["task"] for r in records], [r["plan"] for r in records],
                                          [names[H.dtype] for H in latents], [json.dumps(r) for r in records],
-                                         pa.ListArray.from_arrays(pa.array(starts), rows)], schema=schema))
+                                         pa.ListArray.from_arrays(starts, rows)], schema=schema))
     print(f"wrote {len(ids)} messages to {args.output_file}")
 
 
 def read_tables(path, split):
-    """Arrow tables of a few rows each, from a Parquet file or a save_to_disk folder."""
+    """Arrow tables of 256 messages each, from a Parquet file or a save_to_disk folder."""
     if os.path.isdir(path):
-        yield from load_saved(path, split).with_format("arrow").iter(batch_size=64)
+        yield from load_saved(path, split).with_format("arrow").iter(batch_size=256)
         return
     parquet = optional("pyarrow.parquet")
     try:
-        yield from parquet.ParquetFile(path).iter_batches(batch_size=64)
+        yield from parquet.ParquetFile(path).iter_batches(batch_size=256)
     except FileNotFoundError:
         raise UserError(f"no file or directory {path}") from None
     except (OSError, ValueError) as e:
@@ -444,11 +447,12 @@ def read_tables(path, split):
 def import_messages(args):
     if os.path.isdir(args.output_dir) and len(LatentShards(args.output_dir)):
         raise UserError(f"{args.output_dir} already holds messages: give a new --output_dir")
-    shards, sender, size, ids = [({}, {})], None, 0, set()
-    for table in read_tables(args.source, args.split):
-        columns = table.schema.names
-        if not {"plan", "hidden_state"} <= set(columns) or not {"task_id", "id"} & set(columns):
-            raise UserError(f"{args.source} needs columns task_id (or id), plan and hidden_state, found {', '.join(columns)}")
+    sender, ids = None, set()
+    for number, table in enumerate(read_tables(args.source, args.split)):  # one shard per table: little is in memory
+        columns, latents, records = table.schema.names, {}, {}
+        if not {"plan", "hidden_state"} <= {*columns} or not {"task_id", "id"} & {*columns}:
+            raise UserError(f"{args.source} needs columns task_id (or id), plan and hidden_state, found "
+                            f"{', '.join(columns)}")
         rows = table.select([name for name in columns if name != "hidden_state"]).to_pylist()
         for row, cell in zip(rows, table.column("hidden_state")):
             task_id = str(row["task_id"] if "task_id" in row else row["id"])
@@ -459,7 +463,7 @@ def import_messages(args):
             try:
                 H = torch.from_numpy(np.stack(cell.values.to_numpy(zero_copy_only=False)))  # (L, d)
                 if H.dim() != 2 or not H.is_floating_point() or not torch.isfinite(H).all():
-                    raise ValueError(f"shape {tuple(H.shape)}, {H.dtype}, or NaN")
+                    raise ValueError(f"found shape {tuple(H.shape)}, {H.dtype}, or NaN")
             except (AttributeError, TypeError, ValueError) as e:  # null, no rows, or rows of different widths
                 raise UserError(f"{where}: hidden_state must be L rows of d finite numbers: {e}") from None
             dtype = row.get("dtype") or ("fp16" if H.dtype == torch.float16 else "fp32")
@@ -469,17 +473,13 @@ def import_messages(args):
                                  "format_version": FORMAT_VERSION}
             if H.shape[1] != sender["hidden_size"] or dtype not in DTYPES:
                 raise UserError(f"{where}: a {dtype} message {H.shape[1]} wide, expected {sender['hidden_size']}")
-            if size > 512 * 2**20:
-                shards.append(({}, {}))
-                size = 0
-            shards[-1][0][task_id] = H.to(DTYPES[dtype])
-            shards[-1][1][task_id] = json.loads(row.get("record") or "null") or {
+            latents[task_id] = H.to(DTYPES[dtype])
+            records[task_id] = json.loads(row.get("record") or "null") or {
                 "task": row.get("task") or "", "plan": row["plan"] or "", "plan_token_ids": [], "sender_ms": 0.0}
-            size += shards[-1][0][task_id].nbytes
+        shard = os.path.join(args.output_dir, f"latents-rank00000-{number:05d}.safetensors")
+        write_shard(shard, latents, records, sender)
     if not ids:
         raise UserError(f"{args.source} holds no messages")
-    for number, (latents, records) in enumerate(shards):
-        write_shard(os.path.join(args.output_dir, f"latents-rank00000-{number:05d}.safetensors"), latents, records, sender)
     print(f"wrote {len(ids)} messages, {sender['hidden_size']} wide, to {args.output_dir}")
 
 

@@ -269,11 +269,11 @@ def train(args):
     teacher_config = load_config(args.teacher_model_name_or_path)
     args.message, args.plan_announcement = "latent", info["plan_announcement"]
     max_length = min(args.model_max_length, getattr(teacher_config, "max_position_embeddings", 2**31))
-    data = Conversations(args.train_file, args, teacher_tokenizer, shards, max_length)
+    data = Conversations(args.train_file, args, teacher_tokenizer, shards, max_length, info["sender_hidden_size"])
     train_rows, eval_rows = split_eval(data, args.eval_ratio, args.seed)
     eval_data = data
     if args.eval_file:
-        eval_data = Conversations(args.eval_file, args, teacher_tokenizer, shards, max_length)
+        eval_data = Conversations(args.eval_file, args, teacher_tokenizer, shards, max_length, data.width)
         train_rows, eval_rows = list(range(len(data))), list(range(len(eval_data)))
     if not train_rows:
         raise UserError(f"{args.train_file} has no training rows (--eval_ratio {args.eval_ratio})")

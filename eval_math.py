@@ -5,10 +5,10 @@ Stage 4b: the actor answers MATH problems under every communication variant.
       --variants none text no_comm cross_task randomrot --output_dir results_math
   torchrun --nproc_per_node 8 eval_math.py --model_path actor --sender student --latent_steps 64 8 --dataset MATH \\
       --samples_per_question 8 --temperature 0.7 --output_dir results_k
-  python eval_math.py --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset MATH --variants no_comm --output_dir results_base
+  python eval_math.py --model_path Qwen/Qwen2.5-0.5B-Instruct --dataset MATH --variants no_comm --output_dir results_b
 
-Run it again after a kill: answers that are on disk are not given again. An answer depends on its problem, the variant and
-the seed, not on the batch size, the number of ranks or a restart.
+Run it again after a kill: answers that are on disk are not given again. An answer depends on its problem, the variant
+and the seed, not on the batch size, the number of ranks or a restart.
 """
 import argparse
 import contextlib
@@ -30,8 +30,8 @@ from transformers import DynamicCache
 
 import collect
 from model import (DTYPES, LATENT_VARIANTS, VARIANTS, LatentActor, Parser, UserError, actor_of, atomic_path, boolean,
-                   check_messages, collate, end_of_turn, lm_logits, load_config, message_row, open_shards, positive,
-                   read_json, run, seed_for, wilson_interval, write_json, write_text)
+                   check_messages, collate, end_of_turn, lm_logits, message_row, open_shards, positive, read_json, run,
+                   seed_for, wilson_interval, write_json, write_text)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -42,25 +42,25 @@ def get_args(argv):
                     allow_abbrev=False)
     g = parser.add_argument_group("actor")
     g.add_argument("--model_path", required=True, help="an actor directory, or a plain causal LM (no_comm only)")
-    g.add_argument("--baseline_path", nargs="*", default=[], help="actors trained with --message text (for cot_full) and "
-                                                                  "--message none (for no_cot)")
+    g.add_argument("--baseline_path", nargs="*", default=[],
+                   help="actors trained with --message text (for cot_full) and --message none (for no_cot)")
     g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the actor's parameters")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
     g = parser.add_argument_group("messages")
     g.add_argument("--hidden_data", help="--output_dir of collect.py for these problems")
     g.add_argument("--sender", help="a live sender: collect.py math runs first, on these problems, into --output_dir")
-    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: one row per K latent steps")
+    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: a row per K of these")
     g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
     g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
-    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
+    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of rows")
     g = parser.add_argument_group("problems")
-    g.add_argument("--dataset", required=True, help="as --dataset_path of collect.py: MATH's directory, a file, a hub id")
+    g.add_argument("--dataset", required=True, help="as collect.py reads: MATH's directory, a file, a hub id")
     g.add_argument("--split", default="test", help="of a directory or a hub dataset")
     g.add_argument("--subjects", nargs="+", help="only these subjects")
     g.add_argument("--num_samples", type=positive, help="only the first N problems")
     g.add_argument("--question_template", default=collect.MATH_QUESTION, help="what the actor is asked, as in training")
-    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent is another name of none)")
-    g.add_argument("--grader", choices=["builtin", "math_verify"], default="builtin", help="MATH's string rules, or the library")
+    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent: same as none)")
+    g.add_argument("--grader", choices=["builtin", "math_verify"], default="builtin", help="MATH's rules or a library")
     g = parser.add_argument_group("decoding")
     g.add_argument("--samples_per_question", type=positive, default=1, help="answers drawn per problem")
     g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -72,8 +72,8 @@ def get_args(argv):
     return parser, parser.parse_args(argv)
 
 
-SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_template", "max_plan_tokens", "dataset", "split",
-            "subjects", "num_samples", "question_template", "grader", "temperature", "max_length", "seed",
+SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_template", "max_plan_tokens", "dataset",
+            "split", "subjects", "num_samples", "question_template", "grader", "temperature", "max_length", "seed",
             "torch_dtype"]  # what an answer and its grade depend on
 
 
@@ -281,25 +281,25 @@ def answer(actor, rows, uniforms, args):
 
 def answer_jobs(actor, jobs, tasks, sources, correct, args):
     """Jobs [(label, variant, problem n, sample k)] -> their records."""
-    rows, uniforms, questions = [], None, []
-    for label, variant, n, k in jobs:
-        questions.append(args.question_template.replace("{task}", tasks[n]["task"]).strip())
-        messages = [{"role": "user", "content": questions[-1]}]
-        rows.append(message_row(actor, messages, n, variant, args.seed, sources[label], tasks))
+    questions = [args.question_template.replace("{task}", tasks[n]["task"]).strip() for _, _, n, _ in jobs]
+    rows = [message_row(actor, [{"role": "user", "content": question}], n, variant, args.seed, sources[label], tasks)
+            for question, (label, variant, n, _) in zip(questions, jobs)]
+    uniforms, records = None, []
     if args.temperature > 0:  # one number per token, from the sample's own generator: no two samples are the same
-        seeds = [seed_for("answer", args.seed, tasks[n]["id"], k) for _, _, n, k in jobs]
-        uniforms = torch.stack([torch.rand(args.max_length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-                                for seed in seeds]).to(actor.lm.device)  # (B, max_length)
-    records = []
-    for (label, variant, n, k), row, question, (ids, ms, error) in zip(jobs, rows, questions, answer(actor, rows, uniforms, args)):
+        draws = [torch.Generator().manual_seed(seed_for("answer", args.seed, tasks[n]["id"], k)) for _, _, n, k in jobs]
+        draws = [torch.rand(args.max_length, generator=generator, dtype=torch.float64) for generator in draws]
+        uniforms = torch.stack(draws).to(actor.lm.device)  # (B, max_length)
+    replies = answer(actor, rows, uniforms, args)
+    for (label, _, n, k), question, row, (ids, ms, error) in zip(jobs, questions, rows, replies):
         task, text = tasks[n], actor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         extracted = extract_answer(text)
         sender_ms = sources[label][0].records[task["id"]]["sender_ms"] if row["message_rows"] else 0.0
         records.append({
-            "variant": label, "id": task["id"], "sample": k, "level": task["level"], "subject": task["type"], "question": question,
-            "reference_answer": task["answer"], "model_output": text, "extracted_answer": extracted,
-            "correct": error is None and correct(extracted, task["answer"]), "failed": error is not None, "error": error,
-            "message_rows": row["message_rows"], "tokens": len(ids), "sender_ms": sender_ms, "actor_ms": ms,
+            "variant": label, "id": task["id"], "sample": k, "level": task["level"], "subject": task["type"],
+            "question": question, "reference_answer": task["answer"], "model_output": text,
+            "extracted_answer": extracted, "correct": error is None and correct(extracted, task["answer"]),
+            "failed": error is not None, "error": error, "message_rows": row["message_rows"], "tokens": len(ids),
+            "sender_ms": sender_ms, "actor_ms": ms,
             "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")})
     return records
 
@@ -341,23 +341,26 @@ def figures(records):
 
 
 def summarize(records):
-    """{label: figures} from the lines of detailed_results.jsonl; every number in the table and picture comes from here."""
+    """{label: figures} from the lines of detailed_results.jsonl; every number in table and picture is from here."""
     summary = {}
     for label in dict.fromkeys(r["variant"] for r in records):
         rows = [r for r in records if r["variant"] == label]
-        summary[label] = figures(rows) | {
-            "message_rows": sum(r["message_rows"] for r in rows) / len(rows), "tokens": sum(r["tokens"] for r in rows) / len(rows),
-            **{f"by_{key}": {value: figures([r for r in rows if r[key] == value]) for value in sorted({r[key] for r in rows})}
-               for key in ("level", "subject")}}
+        summary[label] = figures(rows)
+        for key in ("message_rows", "tokens"):
+            summary[label][key] = sum(r[key] for r in rows) / len(rows)
+        for key in ("level", "subject"):
+            values = sorted({r[key] for r in rows})
+            summary[label][f"by_{key}"] = {value: figures([r for r in rows if r[key] == value]) for value in values}
     return summary
 
 
 def print_table(summary):
-    print(f"\n{'variant':18s} {'accuracy':>8s}  {'95 % interval':14s} {'pass@n':>6s} {'majority':>8s} {'failed':>6s} {'no answer':>9s} "
-          f"{'rows':>6s} {'tokens':>6s}")
+    print(f"\n{'variant':18s} {'accuracy':>8s}  {'95 % interval':14s} {'pass@n':>6s} {'majority':>8s} {'failed':>6s} "
+          f"{'no answer':>9s} {'rows':>6s} {'tokens':>6s}")
     for label, s in summary.items():
-        print(f"{label:18s} {s['accuracy']:8.3f}  [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] {s['pass_at_n']:6.3f} "
-              f"{s['majority']:8.3f} {s['failed']:6d} {s['no_answer']:9d} {s['message_rows']:6.1f} {s['tokens']:6.0f}")
+        low, high = s["interval"]
+        print(f"{label:18s} {s['accuracy']:8.3f}  [{low:.3f}, {high:.3f}] {s['pass_at_n']:6.3f} {s['majority']:8.3f} "
+              f"{s['failed']:6d} {s['no_answer']:9d} {s['message_rows']:6.1f} {s['tokens']:6.0f}")
     first = next(iter(summary.values()))
     for key in ("level", "subject"):
         print(f"\n{'by ' + key:24s} {'n':>5s} " + " ".join(f"{label:>11s}" for label in summary))
@@ -395,8 +398,8 @@ def evaluate(args):
     if not all(0 <= keep <= 1 for keep in args.keep_ratio):
         raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
     if args.temperature < 0 or args.temperature == 0 and args.samples_per_question > 1:
-        raise UserError(f"--temperature {args.temperature:g} with --samples_per_question {args.samples_per_question}: samples "
-                        f"need a temperature above 0, or they are all the same")
+        raise UserError(f"--temperature {args.temperature:g} with --samples_per_question {args.samples_per_question}: "
+                        f"samples need a temperature above 0, or they are all the same")
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
     correct = load_grader(args.grader)
@@ -404,14 +407,10 @@ def evaluate(args):
     for task in tasks:
         task["answer"] = extract_answer(task["reply"])
         if task["answer"] is None:
-            raise UserError(f"{args.dataset}: id {task['id']}: its solution has no \\boxed{{}} with the reference answer")
+            raise UserError(f"{args.dataset}: id {task['id']}: its solution has no \\boxed{{}} with an answer")
         task["level"] = str(task.get("level", "")).removeprefix("Level ")
         task["type"] = str(task.get("type", ""))
     paths, infos = actor_of(variants, args.model_path, args.baseline_path)
-    for path in dict.fromkeys(paths.values()):
-        context = getattr(load_config(path, args.trust_remote_code), "max_position_embeddings", 2**31)
-        if args.max_length >= context:
-            raise UserError(f"--max_length {args.max_length} fills the context of {path}, {context} positions: lower it")
 
     # what is on disk is not answered again, if it was answered with the same settings
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
@@ -440,7 +439,8 @@ def evaluate(args):
         if world > 1:
             dist.barrier()
         shards[f"_k{steps}" if steps else ""] = open_shards(directory)
-    sources, plans, variant_of = {}, next(iter(shards.values()), None), {}  # label -> (shards, share to keep); label -> variant
+    sources, plans = {}, next(iter(shards.values()), None)  # label -> (shards, share to keep)
+    variant_of = {}  # label -> variant
     for variant in variants:
         cells = [("", plans, 1.0)]
         if variant in LATENT_VARIANTS:
@@ -454,8 +454,8 @@ def evaluate(args):
     # answer; the ranks share the whole list, not what is pending, so that any number of ranks can go on
     order = sorted(range(len(tasks)), key=lambda n: len(tasks[n]["task"]))  # equal lengths together: little padding
     samples, done = range(args.samples_per_question), read_parts(args.output_dir)
-    jobs = [(label, variant, n, k) for label, variant in variant_of.items() for n in order for k in samples][rank::world]
-    jobs = [job for job in jobs if (job[0], tasks[job[2]]["id"], job[3]) not in done]
+    jobs = [(label, variant, n, k) for label, variant in variant_of.items() for n in order for k in samples]
+    jobs = [job for job in jobs[rank::world] if (job[0], tasks[job[2]]["id"], job[3]) not in done]
     bar = tqdm(total=len(jobs), desc="answer", unit="answer", disable=rank > 0 or None)
     os.makedirs(os.path.join(args.output_dir, "parts"), exist_ok=True)
     with open(os.path.join(args.output_dir, "parts", f"rank{rank:05d}.jsonl"), "a", encoding="utf-8") as part:
@@ -488,11 +488,10 @@ def evaluate(args):
         "settings": settings, "samples_per_question": args.samples_per_question, "variants": summary})
     plot(summary, os.path.join(args.output_dir, "results.png"))
     print_table(summary)
-    failed = [record for record in records if record["failed"]]
-    if failed:
-        print(f"\n{len(failed)} answers failed and count as wrong; the first, {failed[0]['variant']} {failed[0]['id']}: "
-              f"{failed[0]['error']}")
-    print(f"\nwrote summary.json, results.png and detailed_results.jsonl with {len(records)} answers to {args.output_dir}")
+    errors = [f"{record['variant']} {record['id']}: {record['error']}" for record in records if record["failed"]]
+    if errors:
+        print(f"\n{len(errors)} answers failed and count as wrong; the first, {errors[0]}")
+    print(f"\nwrote summary.json, results.png and detailed_results.jsonl ({len(records)} answers) to {args.output_dir}")
     return summary
 
 

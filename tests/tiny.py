@@ -6,7 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast)
 
-from model import write_shard
+from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers,
+                   write_shard)
 
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are helpful."
           "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -83,3 +84,14 @@ def make_data(directory, n=8, width=32, seed=0):
     with open(train, "w") as f:
         json.dump([conversation(i) for i in range(n)], f)
     return train, messages
+
+
+def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096):
+    """A random actor with its adapter (message "latent"), or a baseline's actor ("text", "none")."""
+    lm, tokenizer, adapter = make_lm(family, width=width, seed=seed, context=context), make_tokenizer(kind), None
+    init_markers(lm, add_markers(tokenizer))
+    info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT}
+    if message == "latent":
+        adapter = HiddenStateProcessor(sender_dim, width, 4, output_scale=embedding_rms(lm) / 0.2)
+        info |= {"sender": "tiny", "sender_hidden_size": sender_dim, "num_heads": 4}
+    return LatentActor(lm, tokenizer, adapter, info).eval()

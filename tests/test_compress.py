@@ -1,0 +1,526 @@
+"""Stage 3: the loss is the definition, the actor stays as it is, and the student is the same for any split or kill."""
+import argparse
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import collect
+import compress
+from compress import LOSS_TERMS, compression_loss, kl_weights, load_teacher, main
+from model import (BOP, EOP, PLAN_ANNOUNCEMENT, LatentActor, LatentSender, LatentShards, assemble, encode_conversation,
+                   load_tokenizer, to_messages)
+from tiny import make_actor, make_data, save_model
+from transformers import AutoModelForCausalLM
+
+N, K, WIDTH = 7, 3, 24  # rows: no multiple of any batch size below; the sender is narrower than the actor
+TIMING = {"tokens_per_s", "memory_gb"}
+ROOT = os.path.dirname(os.path.abspath(compress.__file__))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A Qwen2 actor 32 wide, a Llama sender 24 wide with another tokenizer and template, and messages 24 wide."""
+    root = tmp_path_factory.mktemp("world")
+    actor = make_actor(sender_dim=WIDTH)
+    actor.lm.config.attention_dropout = 0.5  # on top of the adapter's 0.1: neither may ever be on
+    actor.save(str(root / "actor"))
+    train, messages = make_data(str(root / "data"), N, WIDTH)
+    return {"actor": str(root / "actor"), "student": save_model(root / "student", "llama", "llama3", width=WIDTH,
+                                                                seed=1),
+            "train": train, "messages": messages}
+
+
+def argv(world, out, *more):
+    """The last of two equal flags wins."""
+    return [str(a) for a in [
+        "--teacher_model_name_or_path", world["actor"], "--student_model_name_or_path", world["student"],
+        "--train_file",
+        world["train"], "--hidden_data", world["messages"], "--output_dir", out, "--K", K, "--prompt_template",
+        "{task}?",
+        "--learning_rate", 1e-3, "--global_batch_size", 4, "--max_steps", 4, "--eval_ratio", 0.3, "--eval_steps", 2,
+        *more]]
+
+
+def log(out):
+    with open(os.path.join(out, "loss_log.csv")) as f:
+        return list(csv.DictReader(f))
+
+
+def column(out, name):
+    return [float(r[name]) for r in log(out) if r[name]]
+
+
+def assert_same_curve(a, b, tolerance=1e-4):
+    for x, y in zip(log(a), log(b), strict=True):
+        for name in x.keys() - TIMING:
+            assert (x[name] == "") == (y[name] == ""), name
+            if x[name]:
+                assert float(x[name]) == pytest.approx(float(y[name]), rel=tolerance, abs=tolerance), (x["step"], name)
+
+
+def weights(out):
+    return {(name, k): v for name in ("model.safetensors", "latent_bridge.safetensors")
+            for k, v in load_file(os.path.join(out, name)).items()}
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(directory):
+    paths = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
+    return {path: os.stat(path).st_mtime_ns for path in paths}
+
+
+def write(path, records):
+    with open(path, "w") as f:
+        json.dump(records, f)
+    return str(path)
+
+
+def rows_of(world):
+    with open(world["train"]) as f:
+        return json.load(f)
+
+
+# ---- the loss
+
+LAMBDAS = argparse.Namespace(lambda_task=1.0, lambda_kl=1.0, lambda_align=1.0, kl_temperature=4.0)
+
+
+class Micro:
+    """A micro-batch by hand: three samples with data messages of unequal length, all longer than K."""
+
+    def __init__(self, actor):
+        generator = torch.Generator().manual_seed(5)
+        turns = [[("human", "task one"), ("gpt", "go"), ("human", "here"), ("gpt", "take it")],
+                 [("human", "two"), ("gpt", "x")],
+                 [("human", "the third task"), ("gpt", "open the door")]]
+        messages = [to_messages([{"from": a, "value": b} for a, b in t]) for t in turns]
+        self.encoded = [encode_conversation(actor.tokenizer, m, PLAN_ANNOUNCEMENT) for m in messages]
+        self.silent = [encode_conversation(actor.tokenizer, m) for m in messages]
+        self.data = [torch.randn(length, WIDTH, generator=generator) for length in (40, 5, 9)]
+        self.latents = torch.randn(3, K, WIDTH, generator=generator).requires_grad_()
+        self.n_labels = sum(label != -100 for *_, labels in self.encoded for label in labels)
+
+    def loss(self, actor, args=LAMBDAS, only=None, **changes):
+        part = range(3) if only is None else only
+        data = changes.get("data", self.data)
+        return compression_loss(
+            actor, self.latents[list(part)], [assemble(*self.encoded[n], latents=torch.zeros(K, WIDTH)) for n in part],
+            [assemble(*self.encoded[n], latents=data[n]) for n in part], [assemble(*self.silent[n]) for n in part],
+            self.n_labels, 3, args)
+
+    def logits(self, actor, n, latents):
+        """Logits (S, V) at the supervised positions of sample n, by plain Hugging Face on hand-made inputs."""
+        before, after, labels = self.silent[n] if latents is None else self.encoded[n]
+        table = actor.lm.get_input_embeddings()
+        parts = [table(torch.tensor(before, dtype=torch.long)), table(torch.tensor(after))]
+        if latents is not None:
+            parts.insert(1, actor.adapter(latents[None], torch.ones(1, len(latents), dtype=torch.bool))[0])
+        logits = actor.lm(inputs_embeds=torch.cat(parts)[None]).logits[0, -len(after) - 1:-1]
+        labels = torch.tensor(labels)
+        return logits[labels != -100], labels[labels != -100]
+
+
+@pytest.fixture(scope="module")
+def teacher(world):
+    return load_teacher(world["actor"], "cpu", False)
+
+
+@pytest.fixture
+def micro(teacher):
+    return Micro(teacher)
+
+
+def entropy(logits):
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+def reference_weights(none, data):
+    """max(Ent_B - Ent_D, 0), cut at the 0.95 quantile, sum 1. (S,), (S,) -> (S,)"""
+    w = (none - data).clamp(min=0)
+    w = torch.minimum(w, torch.quantile(w, 0.95))
+    return w / w.sum() if w.sum() else w
+
+
+def test_loss_is_the_definition(teacher, micro):
+    """Terms, total and gradient, against whole logits of unpadded rows."""
+    loss, terms = micro.loss(teacher)
+    grad, = torch.autograd.grad(loss, micro.latents)
+    task = kl = align = 0
+    for n in range(3):
+        with torch.no_grad():
+            (d, _), (b, _) = micro.logits(teacher, n, micro.data[n]), micro.logits(teacher, n, None)
+            w = reference_weights(entropy(b), entropy(d))
+            mean_d = teacher.adapter(micro.data[n][None],
+                                     torch.ones(1, len(micro.data[n]), dtype=torch.bool))[0].mean(0)
+        a, labels = micro.logits(teacher, n, micro.latents[n])
+        task += F.cross_entropy(a, labels, reduction="sum") / micro.n_labels
+        divergence = F.kl_div((a / 4).log_softmax(-1), (d / 4).log_softmax(-1), reduction="none",
+                              log_target=True).sum(-1)
+        kl += 16 * (w * divergence).sum() / 3
+        mean_a = teacher.adapter(micro.latents[n][None], torch.ones(1, K, dtype=torch.bool))[0].mean(0)
+        align += (1 - F.cosine_similarity(mean_a, mean_d, dim=0)) / 3
+    torch.testing.assert_close(terms, torch.stack([task, kl, align]).detach(), rtol=1e-4, atol=1e-5)
+    reference, = torch.autograd.grad(task + kl + align, micro.latents)
+    torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-5)
+    assert kl > 0 and align > 0
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_kl_with_equal_weights_is_torchs(teacher, micro, monkeypatch, T):
+    monkeypatch.setattr(compress, "kl_weights", lambda none, data, owner: 1 / torch.bincount(owner)[owner].float())
+    _, terms = micro.loss(teacher, argparse.Namespace(**{**vars(LAMBDAS), "kl_temperature": T}))
+    with torch.no_grad():
+        pairs = [(micro.logits(teacher, n, micro.latents[n])[0], micro.logits(teacher, n, micro.data[n])[0])
+                 for n in range(3)]
+        kl = [T * T * F.kl_div((a / T).log_softmax(-1), (d / T).softmax(-1), reduction="batchmean") for a, d in pairs]
+    assert terms[1].item() == pytest.approx((sum(kl) / 3).item(), rel=1e-4)
+
+
+def test_micro_batches_add_up(teacher, micro):
+    whole, parts = micro.loss(teacher), [micro.loss(teacher, only=only) for only in ([0], [1, 2])]
+    torch.testing.assert_close(whole[0], sum(loss for loss, _ in parts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole[1], sum(terms for _, terms in parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, K, 39])
+def test_every_row_of_the_data_message_counts(teacher, micro, row):
+    data = [H.clone() for H in micro.data]
+    data[0][row] += 3
+    (_, changed), (_, terms) = micro.loss(teacher, data=data), micro.loss(teacher)
+    assert changed[0] == terms[0]  # A does not read it
+    assert abs(changed[1] - terms[1]) > 1e-6 and abs(changed[2] - terms[2]) > 1e-6
+
+
+def test_lambdas_weigh_the_terms(world, tmp_path):
+    main(argv(world, tmp_path / "o", "--lambda_task", 0.5, "--lambda_kl", 0.1, "--lambda_align", 2))
+    for row in log(tmp_path / "o"):
+        task, kl, align, loss = (float(row[k]) for k in [*LOSS_TERMS, "loss"])
+        assert loss == pytest.approx(0.5 * task + 0.1 * kl + 2 * align, rel=1e-4) and min(task, kl, align) > 0
+
+
+def test_weights_of_the_kl():
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.arange(3).repeat_interleave(torch.tensor([40, 1, 25]))
+    none, data = torch.rand(66, generator=generator), torch.rand(66, generator=generator)
+    none[3] += 50  # one position must not take all the weight
+    none[owner == 2] = data[owner == 2] - 1  # a message that never helps
+    w = kl_weights(none.clone(), data.clone(), owner)
+    for b in range(2):
+        torch.testing.assert_close(w[owner == b], reference_weights(none[owner == b], data[owner == b]), rtol=1e-5,
+                                   atol=1e-7)
+        assert w[owner == b].sum().item() == pytest.approx(float((none > data)[owner == b].any()), abs=1e-5)
+    assert (w[none <= data] == 0).all() and (w >= 0).all() and (w[owner == 2] == 0).all()
+    assert w[3] == w[owner == 0].max() < 0.2
+    alone = [kl_weights(none[owner == b], data[owner == b], owner[owner == b]) for b in range(3)]
+    assert torch.equal(w, torch.cat(alone))  # whatever else is in the batch
+    shuffled = torch.randperm(66, generator=generator)
+    torch.testing.assert_close(kl_weights(none[shuffled], data[shuffled], owner[shuffled]), w[shuffled])
+
+
+# ---- the frozen actor, and what each side reads
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_actor_has_no_dropout(world, micro, checkpointing):
+    actor = load_teacher(world["actor"], "cpu", False, checkpointing)
+    assert actor.lm.config.attention_dropout == 0.5 and actor.adapter.attention.dropout == 0.1  # it has some to switch off
+    losses = [micro.loss(actor) for _ in range(2)]
+    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+    assert not any(p.requires_grad for p in actor.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_nothing_of_the_actor_changes(world, tmp_path, monkeypatch, checkpointing):
+    actors, files = [], snapshot(world["actor"])
+    monkeypatch.setattr(compress, "load_teacher", lambda *args: actors.append(load_teacher(*args)) or actors[-1])
+    main(argv(world, tmp_path / "o", "--gradient_checkpointing", checkpointing, "--learning_rate", 0.1))
+    (actor,), before = actors, LatentActor.load(world["actor"])
+    state = dict(actor.named_parameters()) | dict(actor.named_buffers())
+    reference = dict(before.named_parameters()) | dict(before.named_buffers())
+    assert state.keys() == reference.keys() and all(torch.equal(state[k], reference[k]) for k in state)
+    assert all(p.grad is None for p in actor.parameters()) and snapshot(world["actor"]) == files
+    assert not same_weights_as_start(tmp_path / "o", world)
+
+
+def same_weights_as_start(out, world):
+    a, b = load_file(os.path.join(out, "model.safetensors")), load_file(os.path.join(world["student"],
+                                                                                     "model.safetensors"))
+    return all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_what_the_actor_reads_in_each_pass(world, tmp_path, monkeypatch):
+    calls = []
+
+    def spy(actor, latents, rows, data_rows, none_rows, **rest):
+        calls.append((rows, data_rows, none_rows))
+        return compression_loss(actor, latents, rows, data_rows, none_rows, **rest)
+    monkeypatch.setattr(compress, "compression_loss", spy)
+    main(argv(world, tmp_path / "o"))
+    tokenizer, lengths = load_tokenizer(world["actor"]), LatentShards(world["messages"]).lengths
+    seen = set()
+    for a, d, b in (triple for call in calls for triple in zip(*call)):
+        texts = [tokenizer.decode(row["input_ids"]) for row in (a, d, b)]
+        seen.add(texts[2])
+        for text in texts[:2]:
+            assert text.count(f"{PLAN_ANNOUNCEMENT}{BOP}") == text.count(EOP) == 1
+        assert not any(word in texts[2] for word in (PLAN_ANNOUNCEMENT, BOP, EOP)) and b["latents"] is None
+        assert texts[0].split(BOP)[0].replace("\n" + PLAN_ANNOUNCEMENT, "") + texts[0].split(EOP)[1] == texts[2]
+        n = int(texts[2].split("task ")[1].split(":")[0])
+        assert len(a["latents"]) == K and len(d["latents"]) == lengths[f"t{n}"] and a["skip"] == d["skip"] == 0
+        assert [x for x in a["labels"] if x != -100] == [x for x in d["labels"] if x != -100] == [
+            x for x in b["labels"] if x != -100]
+    assert len(seen) == 5  # all training rows
+
+
+# ---- one result for any split of the work
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("reference") / "o")
+    main(argv(world, out))
+    return out
+
+
+@pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1],
+                                  ["--per_device_train_batch_size", 3], ["--gradient_checkpointing", "true"]])
+def test_memory_flags_change_no_result(world, reference, tmp_path, more):
+    main(argv(world, tmp_path / "o", *more))
+    assert_same_curve(tmp_path / "o", reference)
+
+
+def test_two_ranks_follow_one_ranks_curve(world, reference, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(port), os.path.join(ROOT, "compress.py"),
+               *argv(world, tmp_path / "o", "--per_device_train_batch_size", 1)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_curve(tmp_path / "o", reference)
+    for (_, name), a, b in zip(weights(reference), weights(reference).values(), weights(tmp_path / "o").values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
+    assert done.stdout.count("wrote the student") == 1  # one rank talks
+
+
+# ---- kills and restarts
+
+class Killed(BaseException):
+    pass
+
+
+def dies_at(monkeypatch, target, name, call):
+    """The n-th call of target.name raises, as a kill would, before it does anything."""
+    real, calls = getattr(target, name), []
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+    monkeypatch.setattr(target, name, wrapper)
+
+
+LONG = ["--max_steps", 6, "--save_steps", 2, "--weight_decay", 0.1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("uninterrupted") / "o")
+    main(argv(world, out, *LONG))
+    return out
+
+
+@pytest.mark.parametrize("target, name, call", [
+    (torch.optim.AdamW, "step", 2), (torch.optim.AdamW, "step", 6), (torch, "save", 2), (compress, "plot", 1),
+    (compress, "evaluate", 2), (compress, "save_file", 4)])
+def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, tmp_path, monkeypatch, target, name, call):
+    out = tmp_path / "o"
+    with monkeypatch.context() as patch:
+        dies_at(patch, target, name, call)
+        with pytest.raises(Killed):
+            main(argv(world, out, *LONG))
+    for f in (f for f in os.listdir(out) if f.startswith("checkpoint")):  # whatever is there by its final name is whole
+        assert set(os.listdir(out / f)) == set(os.listdir(os.path.join(uninterrupted, "checkpoint-6")))
+    main(argv(world, out, *LONG))
+    assert sorted(os.listdir(out)) == sorted(os.listdir(uninterrupted))
+    checkpoint = "checkpoint-6"
+    assert same_weights(out, uninterrupted) and same_weights(out / checkpoint, os.path.join(uninterrupted, checkpoint))
+    a, b = (torch.load(os.path.join(d, checkpoint, "optimizer.pt")) for d in (out, uninterrupted))
+    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() and a["state"]
+    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+    for x, y in zip(log(out), log(uninterrupted), strict=True):
+        assert {k: v for k, v in x.items() if k not in TIMING} == {k: v for k, v in y.items() if k not in TIMING}
+    states = [json.load(open(os.path.join(d, "trainer_state.json"))) for d in (out, uninterrupted)]
+    assert states[0] == states[1] and states[0]["step"] == 6
+
+
+def test_finished_run_says_so_and_does_nothing(world, uninterrupted, capsys):
+    before = snapshot(uninterrupted)
+    main(argv(world, uninterrupted, *LONG))
+    assert "is finished (6 steps)" in capsys.readouterr().out and snapshot(uninterrupted) == before
+
+
+def test_changed_flags_on_resume(world, uninterrupted, refuses, tmp_path):
+    before = snapshot(uninterrupted)
+    refuses(main, argv(world, uninterrupted, *LONG, "--K", 4, "--lambda_kl", 0.1), "--K", "--lambda_kl",
+            "--resume never")
+    refuses(main, argv(world, tmp_path / "o", "--resume", tmp_path / "nowhere"), "nowhere")
+    assert snapshot(uninterrupted) == before
+
+
+def test_early_stopping_and_the_best_student(world, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    monkeypatch.setattr(compress, "evaluate", lambda *args: next(losses))
+    main(argv(world, tmp_path / "o", "--max_steps", 9, "--eval_steps", 1, "--save_steps", 1,
+              "--early_stopping_patience", 2))
+    assert column(tmp_path / "o", "eval_loss") == [3.0, 2.0, 2.5, 2.1]  # two evaluations without a new best
+    assert same_weights(tmp_path / "o", tmp_path / "o" / "best-2")
+    assert not same_weights(tmp_path / "o", tmp_path / "o" / "checkpoint-4")
+
+
+# ---- the student directory
+
+def collected(student, world, out):
+    """The messages that collect.py writes with a student, for the tasks of the training file."""
+    shards = LatentShards(world["messages"])
+    tasks = write(f"{out}.json", [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
+    collect.main(["custom", "--model_name_or_path", str(student), "--dataset_path", tasks, "--output_dir", str(out),
+                  "--prompt_template", "{task}?", "--latent_steps", str(K), "--torch_dtype", "fp32", "--batch_size",
+                  "3"])
+    return LatentShards(str(out))
+
+
+def test_collected_messages_have_the_logged_loss(world, tmp_path):
+    """Through collect.py's files and plain Hugging Face, the kept student has the lowest logged eval_loss."""
+    out = tmp_path / "o"
+    eval_file = write(tmp_path / "eval.json", rows_of(world)[4:])
+    main(argv(world, out, "--eval_file", eval_file, "--eval_ratio", 0, "--eval_steps", 1, "--learning_rate", 0.02))
+    shards, actor = collected(out, world, tmp_path / "m"), LatentActor.load(world["actor"])
+    total = tokens = 0
+    for row in rows_of(world)[4:]:
+        before, after, labels = encode_conversation(actor.tokenizer, to_messages(row["conversations"]),
+                                                    PLAN_ANNOUNCEMENT)
+        table, H = actor.lm.get_input_embeddings(), shards[row["id"]]
+        assert H.shape == (K, WIDTH)
+        with torch.no_grad():
+            message = actor.adapter(H[None], torch.ones(1, K, dtype=torch.bool))[0]
+            embeds = torch.cat([table(torch.tensor(before)), message, table(torch.tensor(after))])
+            logits = actor.lm(inputs_embeds=embeds[None]).logits[0, -len(after) - 1:-1]
+        total += F.cross_entropy(logits, torch.tensor(labels), reduction="sum", ignore_index=-100).item()
+        tokens += sum(label != -100 for label in labels)
+    assert total / tokens == pytest.approx(min(column(out, "eval_loss")), abs=1e-4)
+
+
+def test_student_directory(world, reference, tmp_path):
+    """It opens as a plain model, and collect.py reads its bridge: without it, or untrained, the messages are others."""
+    loaded = AutoModelForCausalLM.from_pretrained(reference)
+    student, saved = LatentSender.load(reference), load_file(os.path.join(reference, "latent_bridge.safetensors"))
+    assert loaded.config.model_type == "llama" and loaded.config.hidden_size == WIDTH
+    assert all(torch.equal(v, student.lm.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert saved.keys() == {"start", "norm.weight", "norm.bias", "bridge.weight"}
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in saved.items())
+    assert load_tokenizer(reference).chat_template == load_tokenizer(world["student"]).chat_template
+    assert {"loss_log.csv", "loss_curve.png", "trainer_state.json"} <= set(os.listdir(reference))
+    shutil.copytree(reference, tmp_path / "bridgeless")
+    os.remove(tmp_path / "bridgeless" / "latent_bridge.safetensors")
+    trained, bridgeless, untrained = (collected(student, world, tmp_path / name) for name, student in (
+        ("m", reference), ("b", tmp_path / "bridgeless"), ("u", world["student"])))
+    for task_id in trained.records:
+        assert (trained[task_id] - bridgeless[task_id]).abs().amax(-1)[1:].min() > 1e-4
+        assert (trained[task_id] - untrained[task_id]).abs().max() > 1e-3
+
+
+def test_student_reads_the_senders_task_in_its_own_template(world, tmp_path, capsys):
+    main(argv(world, tmp_path / "o", "--max_steps", 1))
+    prompt = capsys.readouterr().out.split("first prompt of the student: ")[1]
+    assert prompt.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\ntask t")
+    assert prompt.count("<|begin_of_text|>") == 1 and "?<|eot_id|>" in prompt and "<|im_start|>" not in prompt
+
+
+def test_same_width_and_family(tmp_path):
+    make_actor(sender_dim=32).save(str(tmp_path / "actor"))
+    train, messages = make_data(str(tmp_path / "data"), N)
+    main(argv({"actor": str(tmp_path / "actor"), "student": save_model(tmp_path / "s", tied=True), "train": train,
+               "messages": messages}, tmp_path / "o"))
+    assert len(column(tmp_path / "o", "eval_loss")) == 2
+
+
+def test_student_learns(world, tmp_path):
+    """What to reply stands in the student's prompt only; the frozen (random) actor hears it from K latents."""
+    rows = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "what now?"},
+                                              {"from": "gpt", "value": "abcd"[i % 4]}]}
+            for i in range(N)]
+    train = write(tmp_path / "t.json", rows)
+    main(argv({**world, "train": train}, tmp_path / "o", "--max_steps", 25, "--eval_file", train, "--eval_ratio", 0,
+              "--eval_steps", 5, "--global_batch_size", N, "--per_device_train_batch_size", N, "--learning_rate", 0.01))
+    losses, kl = column(tmp_path / "o", "eval_loss"), column(tmp_path / "o", "kl")
+    assert losses[-1] < losses[0] - 0.5 and kl[-1] < 0.8 * kl[0]
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("flags, words", [
+    (["--K", 0], ["--K", "at least 1"]), (["--K", 5000], ["id t", "K = 5000", "4096"]),
+    (["--surprise", 1], ["--surprise"]),
+    (["--teacher_model_name_or_path", "/nowhere"], ["/nowhere"]),
+    (["--student_model_name_or_path", "/nowhere"], ["/nowhere"]),
+    (["--train_file", "/nowhere.json"], ["no file /nowhere.json"]),
+    (["--hidden_data", "/nowhere"], ["no directory /nowhere"]),
+    (["--eval_file", "/nowhere.json"], ["no file /nowhere.json"]), (["--prompt_template", "Plan."], ["{task}"]),
+    (["--model_max_length", 50], ["context of 50", "id t"]),
+    (["--prepended_length", 3], ["--prepended_length 3", "id t"]),
+    (["--eval_ratio", 1], ["no training rows"]), (["--task_turn", 4], ["--task_turn 4", "id t0"]),
+    (["--gradient_checkpointing", "maybe"], ["--gradient_checkpointing"])], ids=lambda words: " ".join(map(str, words)))
+def test_bad_flags(world, tmp_path, refuses, flags, words):
+    refuses(main, argv(world, tmp_path / "o", *flags), *words)
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_teacher_without_an_adapter(world, tmp_path, refuses):
+    refuses(main, argv({**world, "actor": world["student"]}, tmp_path / "o"), world["student"], "no adapter",
+            "--message latent")
+    make_actor(message="text").save(str(tmp_path / "text"))
+    refuses(main, argv({**world, "actor": str(tmp_path / "text")}, tmp_path / "o"), "no adapter")
+
+
+def test_widths_must_fit_the_adapter(world, tmp_path, refuses):
+    wide, (_, messages) = save_model(tmp_path / "wide", width=32), make_data(str(tmp_path / "data"), N, 32)
+    refuses(main, argv({**world, "student": wide}, tmp_path / "o"), f"{WIDTH} wide", "is 32")
+    refuses(main, argv({**world, "messages": messages}, tmp_path / "o"), f"{WIDTH} wide", "is 32")
+    make_actor(sender_dim=32).save(str(tmp_path / "actor"))
+    refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o"), "32 wide", f"is {WIDTH}")
+    inline = [{**row, "hidden_state": [[1.0] * 32] * 4, "plan": "x"} for row in rows_of(world)]
+    train = write(tmp_path / "inline.json", inline)
+    refuses(main, argv({**world, "train": train}, tmp_path / "o"), "id t0", "32", str(WIDTH))
+
+
+def test_ids_without_a_message(world, tmp_path, refuses):
+    rows = rows_of(world)
+    stranger = write(tmp_path / "t.json", rows[:-1] + [{**rows[-1], "id": "stranger"}])
+    refuses(main, argv({**world, "train": stranger}, tmp_path / "o"), "id stranger", "no message", "collect.py")
+
+
+def test_latents_must_fit_the_actors_context(world, tmp_path, refuses):
+    """K may exceed the data message's length: then it is A's sequence that is too long for the actor."""
+    make_actor(sender_dim=WIDTH, context=400).save(str(tmp_path / "actor"))
+    refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o", "--K", 300, "--max_steps", 1),
+            "id t", "400")
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_global_batch_must_divide_over_ranks(world, tmp_path, refuses, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    refuses(main, argv(world, tmp_path / "o"), "--global_batch_size 4", "3 ranks")

@@ -1,0 +1,168 @@
+"""The demo: the household's rules, and every stage through its real script, once, in its fast form."""
+import csv
+import json
+import os
+
+import pytest
+
+import demo
+from demo import LOCATIONS, MAX_STEPS, PLACES, Household, all_tasks, expert, goal, main, plan, search_actions
+
+NAMES = {"none", "text", "no_comm", "no_comm_base", "cross_task", "randomrot", "search", "k8", "k8_untrained", "keep8"}
+
+
+# ---- the household
+
+def play(task, actions):
+    """-> the first turn, and what each action gives."""
+    world = Household()
+    return world.reset(task), [world.step(action) for action in actions]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_expert_wins_every_task_with_its_last_action(split):
+    for task in all_tasks(split):
+        _, steps = play(task, expert(task))
+        assert [won["won"] for *_, won in steps] == [done for _, _, done, _ in steps] == [False] * (len(steps) - 1) + [True]
+        assert not any(info["invalid"] for *_, info in steps) and len(steps) <= MAX_STEPS
+
+
+def test_the_search_wins_without_knowing_the_place():
+    """It does the same for two tasks that differ in their place until the object is in sight."""
+    by_place = {}
+    for task in all_tasks("test"):
+        _, steps = play(task, search_actions(task))
+        assert steps[-1][3]["won"] and not any(info["invalid"] for *_, info in steps)
+        by_place.setdefault((task["type"], task["object"], task["target"]), []).append((task["place"], search_actions(task)))
+    for tasks in by_place.values():
+        last = max(tasks, key=lambda pair: PLACES.index(pair[0]))[1]
+        for place, actions in tasks:
+            looked = next(i for i, action in enumerate(actions) if action.startswith("take "))
+            assert actions[:looked] == last[:looked] and actions[looked].endswith(f" from {place}")
+
+
+def test_the_first_turn_has_the_goal_but_not_the_place():
+    for task in all_tasks("test"):
+        first = Household().reset(task)
+        assert first.endswith(f"your task is to : {goal(task['type'], task['object'], task['target'])} .")
+        assert not any(place in first for place in PLACES)
+        assert task["place"] in task["task"] and f"go to {task['place']}" in plan(task)  # the sender knows it
+        moved = {**task, "place": PLACES[PLACES.index(task["place"]) - 1]}
+        assert Household().reset(moved) == first
+
+
+def test_held_out_combinations_are_not_in_training():
+    train, test = ({(t["type"], t["object"], t["target"]) for t in all_tasks(split)} for split in ("train", "test"))
+    assert train and test and not train & test
+    assert 0.1 < len(test) / (len(train) + len(test)) < 0.3
+    tasks = all_tasks("train") + all_tasks("test")
+    assert len({t["id"] for t in tasks}) == len({t["task"] for t in tasks}) == len(tasks)
+
+
+def test_rules():
+    task = next(t for t in all_tasks("train") if t["type"] == "heat" and t["place"].startswith("drawer"))
+    obj, place, target = task["object"], task["place"], f"{task['target']} 1"
+    world = Household()
+    world.reset(task)
+
+    def refused(*actions):
+        return all(world.step(action)[0] == "nothing happens ." and world.step(action)[3]["invalid"] for action in actions)
+
+    assert refused("", "look", "go to the moon", f"take {obj} from {place}", f"open {place}", f"heat {obj} with microwave 1")
+    assert world.step(f"go to {place}")[0] == f"{place} is closed ."
+    assert refused(f"take {obj} from {place}")  # a closed place gives nothing
+    assert obj in world.step(f"open {place}")[0]
+    assert refused(f"open {place}")
+    assert world.step(f"take {obj} from {place}")[0] == f"you pick up {obj} from {place} ."
+    assert refused(f"take {obj} from {place}", f"put {obj} in/on {target}")  # gone; and the target is elsewhere
+    world.step(f"go to {target}")
+    assert not world.step(f"put {obj} in/on {target}")[3]["won"]  # cold
+    world.step(f"take {obj} from {target}")
+    world.step("go to sinkbasin 1")
+    world.step(f"clean {obj} with sinkbasin 1")
+    world.step(f"go to {target}")
+    assert not world.step(f"put {obj} in/on {target}")[3]["won"]  # clean, but cold
+    world.step(f"take {obj} from {target}")
+    world.step("go to microwave 1")
+    assert not world.step(f"heat {obj} with microwave 1")[2]
+    world.step(f"go to {target}")
+    _, reward, done, info = world.step(f"put {obj} in/on {target}")
+    assert reward == 1 and done and info == {"won": True, "invalid": False}
+
+
+def test_the_tokenizer_knows_every_word():
+    tokenizer = demo.build_tokenizer()
+    for task in all_tasks("test"):
+        texts = [task["task"], plan(task), *(t["value"] for t in demo.conversation(task, search_actions(task)))]
+        assert tokenizer.unk_token_id not in tokenizer(" ".join(texts)).input_ids
+    assert all(word in tokenizer.get_vocab() for place in LOCATIONS for word in place.split())
+
+
+# ---- all stages
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("demo") / "out")
+    main(["--fast", "--output_dir", out])
+    return out
+
+
+def read(out):
+    with open(os.path.join(out, "summary.json")) as f:
+        return json.load(f)
+
+
+def test_the_message_is_what_makes_the_actor_succeed(finished):
+    summary = read(finished)
+    success, interval = summary["success"], summary["interval"]
+    assert success.keys() == interval.keys() == NAMES and summary["episodes"] == 60
+    for name in NAMES:
+        low, high = interval[name]
+        assert 0 <= low <= success[name] <= high <= 1 and low < high
+    assert success["none"] >= max(success["no_comm"], success["cross_task"], success["randomrot"]) + 0.25
+    assert summary["seconds"] and all(s >= 0 for s in summary["seconds"].values())
+    with open(os.path.join(finished, "results.png"), "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+
+
+def test_the_numbers_are_those_of_the_evaluations(finished):
+    """summary.json repeats what eval_alfworld.py found, over the same held-out tasks."""
+    success, results = read(finished)["success"], {}
+    for folder in os.listdir(finished):
+        path = os.path.join(finished, folder, "results.csv")
+        if os.path.exists(path):
+            with open(path) as f:
+                for row in csv.DictReader(f):
+                    results.setdefault((folder, row["variant"]), {})[row["id"]] = row["success"] == "True"
+    ids = [task["id"] for task in Household().tasks("test")[:60]]
+    assert all(sorted(of) == sorted(ids) for of in results.values())
+    rates = {f"{folder} {variant}": sum(of.values()) / 60 for (folder, variant), of in results.items()}
+    for name in ("none", "text", "no_comm", "cross_task", "randomrot"):
+        assert success[name] == pytest.approx(rates[f"eval {name}"])
+    assert sorted(success[name] for name in NAMES - {"search"}) == pytest.approx(sorted(rates.values()))
+
+
+def snapshot(directory):
+    paths = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
+    return {path: os.stat(path).st_mtime_ns for path in paths}
+
+
+def test_a_second_run_reuses_everything(finished, monkeypatch):
+    monkeypatch.setattr(demo, "train_lm", None)  # not called
+    before, summary = snapshot(finished), read(finished)
+    main(["--fast", "--output_dir", finished])
+    after = snapshot(finished)
+    assert after.keys() == before.keys()
+    models = {path for path in before if os.path.basename(path) == "loss_log.csv" or "/episodes/" in path
+              or path.endswith((".safetensors", ".pt"))}
+    assert sum("loss_log.csv" in path for path in models) == 2 and sum("/episodes/" in path for path in models) == 9 * 60
+    assert {path: before[path] for path in models} == {path: after[path] for path in models}
+    assert all(read(finished)[key] == summary[key] for key in ("success", "interval", "episodes"))
+
+
+def test_other_flags_into_the_same_folder(finished, refuses):
+    before = snapshot(finished)
+    refuses(main, ["--fast", "--output_dir", finished, "--seed", "1"], finished, "--fresh", "--output_dir")
+    refuses(main, ["--output_dir", finished], finished, "--fresh")
+    refuses(main, ["--fast", "--output_dir", finished, "--task", "chess"], "--task")
+    assert snapshot(finished) == before

@@ -1,0 +1,479 @@
+"""Stage 4a: batched and cached play equals playing alone without a cache, under every variant, after any kill."""
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from statistics import stdev
+
+import pytest
+import torch
+
+import eval_alfworld
+from eval_alfworld import METRICS, main, mcnemar
+from model import (PLAN_ANNOUNCEMENT, VARIANTS, LatentActor, LatentShards, end_of_turn, render_turn, wilson_interval,
+                   write_shard)
+from tiny import make_actor, save_model
+
+ROOT = os.path.dirname(os.path.abspath(eval_alfworld.__file__))
+HERE = os.path.dirname(os.path.abspath(__file__))
+WIDTH = 24  # of the senders; the actors are 32 wide
+MAX_STEPS, MAX_NEW_TOKENS = 5, 6
+
+
+class Game:
+    """A deterministic game that lasts `turns` replies; what it answers, and who wins, depends on what was said."""
+
+    def tasks(self, split):
+        return {"test": [{"id": f"room {i}/{'abcdefg'[i]}", "task": f"do {i} {'things ' * (i % 3)}",
+                          "turns": 1 + 5 * i % 7,
+                          "type": ["even", "odd"][i % 2]} for i in range(7)],
+                # 1 to 7 turns: some longer than MAX_STEPS
+                "done": [{"id": str(i), "task": f"end {i}", "turns": 2, "won": False} for i in range(3)],
+                "endless": [{"id": str(i), "task": f"go on {i}", "turns": 99, "won": False} for i in range(3)],
+                "crash": [{"id": how, "task": how, "turns": 3, "won": True}
+                          for how in ("fine", "reset", "step", "exit", "too")],
+                "one": [{"id": "0", "task": "do it", "turns": 1}]}.get(split, [])
+
+    def reset(self, task):
+        if task["task"] == "reset":
+            raise ValueError("no such room")
+        self.task, self.said = task, []
+        return f" You are in room {task['id']}. {task['task']} "
+
+    def step(self, action):
+        self.said.append(action)
+        if self.task["task"] == "step" and len(self.said) == 2:
+            raise ValueError("the shelf fell\ndown")
+        if self.task["task"] == "exit":
+            sys.exit(3)
+        hashed = zlib.crc32(" ".join(self.said).encode())
+        done = len(self.said) >= self.task["turns"]
+        won = done and self.task.get("won", hashed % 2 == 0)
+        return f"You see {'a cup and ' * (hashed % 3)}{hashed % 100}.", 0.0, done, {"won": won,
+                                                                                    "invalid": hashed % 5 == 0}
+
+
+TASKS = Game().tasks("test")
+
+
+def write_messages(directory, tasks, width=WIDTH, plan="take the cup {}"):
+    generator = torch.Generator().manual_seed(1)
+    latents = {t["id"]: torch.randn(3 + i % 4, width, generator=generator) for i, t in enumerate(tasks)}
+    records = {t["id"]: {"task": t["task"], "plan": plan.format(i), "plan_token_ids": [], "sender_ms": 7.0 + i}
+               for i, t in enumerate(tasks)}
+    write_shard(os.path.join(directory, "latents-rank00000-00000.safetensors"), latents, records,
+                {"model": "tiny", "hidden_size": width})
+    return str(directory)
+
+
+def save_talker(directory, *args, **kwargs):
+    """A random actor that says printable ASCII only (so its text shows its tokens) and often ends its turn by itself."""
+    actor = make_actor(*args, **kwargs)
+    head, eot = actor.lm.get_output_embeddings().weight.data, end_of_turn(actor.tokenizer)[-1]
+    head[94:eot] = head[eot + 1:] = 0  # the first 94 ids of a byte-level alphabet are "!" to "~"
+    head[eot] *= 2.5
+    actor.save(str(directory))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Actors, baselines and messages."""
+    root = tmp_path_factory.mktemp("world")
+    others = {t["id"]: t for split in ("done", "endless", "crash") for t in Game().tasks(split)}
+    return {"qwen2": save_talker(root / "qwen2", sender_dim=WIDTH),
+            "llama": save_talker(root / "llama", "llama", "llama3", sender_dim=WIDTH, seed=3),
+            "text": save_talker(root / "text", message="text", seed=4),
+            "none": save_talker(root / "none", message="none", seed=5), "plain": save_model(root / "plain"),
+            "messages": write_messages(root / "messages", TASKS),
+            "others": write_messages(root / "others", list(others.values()))}
+
+
+def argv(world, out, *more, actor="qwen2"):
+    """The last of two equal flags wins."""
+    return [str(a) for a in [
+        "--model_path", world[actor], "--hidden_data", world["messages"], "--env", "test_eval_alfworld:Game", "--split",
+        "test",
+        "--max_steps", MAX_STEPS, "--max_new_tokens", MAX_NEW_TOKENS, "--torch_dtype", "fp32", "--output_path", out,
+        *more]]
+
+
+def without_messages(argv):
+    n = argv.index("--hidden_data")
+    return argv[:n] + argv[n + 2:]
+
+
+def episodes(out):
+    """{(variant, run, id): record} of all episode files."""
+    found = {}
+    for folder, _, names in os.walk(os.path.join(out, "episodes")):
+        for name in names:
+            with open(os.path.join(folder, name)) as f:
+                record = json.load(f)
+            found[record["variant"], record["run"], record["id"]] = record
+    return found
+
+
+def said(out, **changes):
+    """All that does not depend on the clock and the machine."""
+    clock = {"sender_ms", "actor_ms", "env_ms", "wall_ms", "tokens_per_s", "peak_memory_gb"}
+    return {k: {name: v for name, v in r.items() if name not in clock} | changes for k, r in episodes(out).items()}
+
+
+def rows(path):
+    with open(path) as f:
+        return list(csv.DictReader(f))
+
+
+def read(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+# ---- batched and cached equals alone without a cache
+
+@torch.no_grad()
+def alone(actor, task, variant, shards):
+    """One episode, no cache: every token re-reads the whole history -> [(ids of the reply, ended by itself?)], success."""
+    tokenizer, table, game = actor.tokenizer, actor.lm.get_input_embeddings(), Game()
+    messages = [{"role": "user", "content": game.reset(task).strip()}]
+    before, after = render_turn(tokenizer, messages, None if variant == "no_comm" else PLAN_ANNOUNCEMENT)
+    parts = [table(torch.tensor(before, dtype=torch.long)), table(torch.tensor(after))]
+    if variant == "none":
+        H = shards[task["id"]]
+        parts.insert(1, actor.adapter(H[None], torch.ones(1, len(H), dtype=torch.bool))[0])
+    if variant == "text":
+        parts.insert(1, table(torch.tensor(tokenizer(shards.records[task["id"]]["plan"],
+                                                     add_special_tokens=False).input_ids)))
+    embeds, replies, stop = torch.cat(parts), [], end_of_turn(tokenizer)[-1]
+    for _ in range(MAX_STEPS):
+        reply = []
+        while len(reply) < MAX_NEW_TOKENS:
+            token = actor.lm(inputs_embeds=embeds[None]).logits[0, -1].argmax()
+            if token == stop:
+                break
+            reply.append(token.item())
+            embeds = torch.cat([embeds, table(token[None])])
+        replies.append((reply, len(reply) < MAX_NEW_TOKENS))
+        text = tokenizer.decode(reply)
+        observation, _, done, info = game.step(text)
+        if done:
+            return replies, info["won"]
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": observation}]
+        embeds = torch.cat([embeds, table(torch.tensor(render_turn(tokenizer, messages)[1]))])
+    return replies, False
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_batched_cached_play_equals_playing_alone_without_a_cache(world, tmp_path, family):
+    main(argv(world, tmp_path, "--variants", "none", "text", "no_comm", "--batch_size", 16, actor=family))
+    actor, shards, found = LatentActor.load(world[family]), LatentShards(world["messages"]), episodes(tmp_path)
+    ended, lengths = [], set()
+    for variant in ("none", "text", "no_comm"):
+        for task in TASKS:
+            record, (replies, won) = found[variant, 0, task["id"]], alone(actor, task, variant, shards)
+            assert [turn["reply"] for turn in record["turns"]] == [actor.tokenizer.decode(reply) for reply,
+                                                                   _ in replies]
+            assert record["tokens"] == sum(len(reply) for reply, _ in replies)
+            assert record["steps"] == len(replies) and record["success"] == won
+            ended += [by_itself for _, by_itself in replies]
+            lengths.add(len(replies))
+    assert 0.1 < sum(ended) / len(ended) < 0.9 and lengths == {1, 2, 3, 4, 5}  # the cases that are hard were among them
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_batch_size_changes_no_reply(world, tmp_path, temperature):
+    for size in (1, 3, 16):
+        main(argv(world, tmp_path / str(size), "--variants", "none", "text", "cross_task", "--batch_size", size,
+                  "--temperature",
+                  temperature))
+    reference = said(tmp_path / "16")
+    assert len(reference) == 21 and reference == said(tmp_path / "1") == said(tmp_path / "3")
+
+
+def test_variants_differ_in_what_is_read(world, tmp_path):
+    variants = ["none", "cross_task", "randomrot", "covgauss0", "text", "no_comm"]
+    main(argv(world, tmp_path / "a", "--variants", *variants))
+    found = said(tmp_path / "a")
+    replies = {v: [[t["reply"] for t in found[v, 0, task["id"]]["turns"]] for task in TASKS] for v in variants}
+    assert len({json.dumps(r) for r in replies.values()}) == len(variants)
+    lengths = LatentShards(world["messages"]).lengths
+    for task in TASKS:
+        rows = {v: found[v, 0, task["id"]]["message_rows"] for v in variants}
+        assert rows["none"] == rows["randomrot"] == rows["covgauss0"] == lengths[task["id"]] and rows["no_comm"] == 0
+        assert rows["text"] == len("take the cup 0") and rows["cross_task"] in lengths.values()
+
+
+# ---- everything in one command
+
+@pytest.fixture(scope="module")
+def complete(world, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("complete"))
+    main(argv(world, out, "--variants", *VARIANTS, "--baseline_path", world["text"], world["none"], "--batch_size", 16,
+              actor="llama"))
+    return out
+
+
+def test_files_are_complete(complete):
+    found, metrics, results = episodes(complete), rows(f"{complete}/performance_metrics.csv"), rows(f"{complete}/results.csv")
+    keys = {(variant, 0, task["id"]) for variant in VARIANTS for task in TASKS}
+    assert found.keys() == keys and len(metrics) == len(results) == len(keys)
+    assert os.path.getsize(f"{complete}/results.png") > 1000 and not [f for f in os.listdir(complete) if ".tmp" in f]
+    for row in metrics:
+        record = found[row["variant"], int(row["run"]), row["id"]]
+        assert list(row) == METRICS and all(row[k] == ("" if record[k] is None else str(record[k])) for k in METRICS)
+        assert row["dtype"] == "fp32" and row["device"] in ("cpu", "cuda") and float(row["peak_memory_gb"]) > 0
+        assert float(row["wall_ms"]) >= float(row["actor_ms"]) > 0 and float(row["tokens_per_s"]) >= 0
+    for row in results:
+        record = found[row["variant"], int(row["run"]), row["id"]]
+        assert all(row[k] == ("" if record[k] is None else str(record[k])) for k in row)
+    for (variant, _, task_id), record in found.items():
+        sender_ms = 7.0 + [t["id"] for t in TASKS].index(task_id)
+        assert record["sender_ms"] == (0 if variant in ("no_comm", "no_cot") else sender_ms)
+        assert len(record["turns"]) == record["steps"] <= MAX_STEPS and record["split"] == "test"
+        assert record["invalid"] == sum(zlib.crc32(" ".join(t["action"]
+                                                            for t in record["turns"][:n + 1]).encode()) % 5 == 0
+                                        for n in range(record["steps"]))
+
+
+def test_summary_is_what_the_episodes_say(complete, capsys):
+    summary, found = read(f"{complete}/summary.json")["variants"], episodes(complete)
+    assert list(summary) == list(VARIANTS)
+    for variant, figures in summary.items():
+        records = [r for (v, *_), r in found.items() if v == variant]
+        wins = [r for r in records if r["success"]]
+        assert figures["episodes"] == len(records) == 7 and figures["success"] == pytest.approx(len(wins) / 7)
+        assert figures["interval"] == pytest.approx(wilson_interval(len(wins), 7))
+        assert figures["interval"][0] <= figures["success"] <= figures["interval"][1]
+        for key in ("steps", "invalid", "message_rows", "sender_ms", "actor_ms", "env_ms"):
+            assert figures[key] == pytest.approx(sum(r[key] for r in records) / 7)
+        steps_won = sum(r["steps"] for r in wins) / len(wins) if wins else None
+        assert figures["steps_success"] == (steps_won if steps_won is None else pytest.approx(steps_won))
+        for kind in ("even", "odd"):
+            of = [r["success"] for r in records if r["type"] == kind]
+            assert figures["by_type"][kind] == pytest.approx(sum(of) / len(of))
+        pairs = [(r["success"], found["none", 0, r["id"]]["success"]) for r in records]
+        assert figures["p_against_none"] == pytest.approx(sign_test(pairs.count((True, False)),
+                                                                    pairs.count((False, True))))
+        assert figures["crashed"] == 0 and figures["std"] is None
+
+
+def sign_test(a, b):
+    """Exact two-sided: the chance of a split at least as uneven, by counting all outcomes."""
+    outcomes = [bin(x).count("1") for x in range(2 ** (a + b))]
+    return min(1.0, 2 * sum(wins <= min(a, b) for wins in outcomes) / len(outcomes))
+
+
+@pytest.mark.parametrize("wins, losses, p",
+                         [(5, 1, 2 * 7 / 64), (0, 0, 1), (10, 0, 2 / 1024), (3, 3, 1), (1, 0, 1), (0, 6, 2 / 64)])
+def test_mcnemar(wins, losses, p):
+    a = [True] * wins + [False] * losses + [True, False] * 4
+    b = [False] * wins + [True] * losses + [True, False] * 4
+    a, b = dict(enumerate(a)), dict(enumerate(b)) | {"only here": True}
+    assert mcnemar(a, b) == mcnemar(b, a) == pytest.approx(p) == pytest.approx(sign_test(wins, losses))
+
+
+def test_baselines_play_with_their_own_actors(world, complete, tmp_path):
+    for actor, variant, same in (("text", "text", "cot_full"), ("none", "no_comm", "no_cot")):
+        main(argv(world, tmp_path / actor, "--variants", variant, actor=actor))
+        found = said(complete)
+        for (_, run, task_id), record in said(tmp_path / actor, variant=same).items():
+            assert record == found[same, run, task_id]
+    none = said(complete)
+    for task in TASKS:  # `none` with a sender of another family
+        assert none["qwen2llama", 0, task["id"]] == none["none", 0, task["id"]] | {"variant": "qwen2llama"}
+
+
+def test_llama_reads_a_live_qwen2_sender(world, tmp_path):
+    """Full messages and K steps from a sender of another family and width, cut to shares, in one command."""
+    sender = save_model(tmp_path / "sender", "qwen2", width=WIDTH, seed=7)
+    flags = ["--sender", sender, "--max_plan_tokens", 8, "--prompt_template", "Plan: {task}"]
+    main(without_messages(argv(world, tmp_path / "full", "--variants", "qwen2llama", "text", *flags, actor="llama")))
+    messages, found = LatentShards(str(tmp_path / "full" / "messages")), episodes(tmp_path / "full")
+    assert messages.sender["model"] == sender and messages.sender["prompt_template"] == "Plan: {task}" and len(messages) == 7
+    for task in TASKS:
+        record = found["qwen2llama", 0, task["id"]]
+        assert record["message_rows"] == messages.lengths[task["id"]] and record["sender_ms"] > 0
+    main(argv(world, tmp_path / "k", *flags, "--latent_steps", 2, 3, "--keep_ratio", 1.0, 0.5, 0.0, "--variants",
+              "none", "no_comm",
+              actor="llama"))
+    summary = read(tmp_path / "k" / "summary.json")["variants"]
+    expected = {f"none{steps}{cut}": round(share * rows) for steps, rows in (("", None), ("_k2", 2), ("_k3", 3)) if rows
+                for cut, share in (("", 1), ("_keep0.5", 0.5), ("_keep0", 0))}
+    lengths = LatentShards(world["messages"]).lengths.values()
+    assert summary.keys() == {*expected, "none", "none_keep0.5", "none_keep0",
+                              "no_comm"}  # the full message beside them
+    for label, rows in expected.items():
+        assert summary[label]["message_rows"] == rows and (summary[label]["sender_ms"] > 0) == (rows > 0)
+    assert summary["none_keep0.5"]["message_rows"] == pytest.approx(sum(round(0.5 * n) for n in lengths) / 7)
+    assert summary["none_keep0"]["message_rows"] == summary["none_keep0"]["sender_ms"] == 0
+    assert summary["none"]["sender_ms"] == pytest.approx(10)
+
+
+# ---- what counts
+
+@pytest.mark.parametrize("split, steps", [("done", 2), ("endless", MAX_STEPS)])
+def test_success_is_won_and_never_done(world, tmp_path, split, steps):
+    summary = main(argv({**world, "messages": world["others"]}, tmp_path, "--split", split))
+    assert summary["none"]["success"] == 0 and summary["none"]["steps"] == steps and summary["none"]["steps_success"] is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_game_that_crashes_is_counted_and_the_others_go_on(world, tmp_path, capsys, num_workers):
+    main(argv({**world, "messages": world["others"]}, tmp_path, "--split", "crash", "--env_workers", num_workers))
+    found = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
+    assert {k: r["crash"] for k, r in found.items()} == {
+        "fine": None, "too": None, "reset": "ValueError: no such room", "step": "ValueError: the shelf fell down",
+        "exit": "SystemExit: 3"}
+    assert {k: (r["steps"], r["success"]) for k, r in found.items()} == {
+        "fine": (3, True), "too": (3, True), "reset": (0, False), "step": (2, False), "exit": (1, False)}
+    figures = read(tmp_path / "summary.json")["variants"]["none"]
+    assert figures["episodes"] == 5 and figures["crashed"] == 3 and figures["success"] == pytest.approx(2 / 5)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("none"))
+    assert line.split("]")[1].split()[2] == "3"
+
+
+def test_runs_have_a_deviation(world, tmp_path, capsys):
+    main(argv(world, tmp_path, "--runs", 2, "--temperature", 1.0, "--variants", "none", "no_comm"))
+    found, summary = episodes(tmp_path), read(tmp_path / "summary.json")["variants"]
+    for variant in ("none", "no_comm"):
+        records = [[found[variant, run, t["id"]] for t in TASKS] for run in (0, 1)]
+        assert [t["reply"] for r in records[0] for t in r["turns"]] != [t["reply"] for r in records[1]
+                                                                        for t in r["turns"]]
+        assert {r["seed"] for r in records[0]} == {0} and {r["seed"] for r in records[1]} == {1}
+        means = [sum(r["success"] for r in some) / 7 for some in records]
+        assert summary[variant]["runs"] == pytest.approx(means) and summary[variant]["std"] == pytest.approx(stdev(means))
+        assert summary[variant]["episodes"] == 14
+
+
+# ---- kills, restarts, ranks
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("size", [2, 16])
+def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, size):
+    flags = ["--variants", "none", "text", "--temperature", 1.0, "--batch_size", size]
+    main(argv(world, tmp_path / "whole", *flags))
+    out, real, written = tmp_path / "o", eval_alfworld.write_json, []
+
+    def dies(path, value):
+        if "episodes" in str(path):
+            written.append(path)
+            if len(written) == 6:
+                raise Killed
+        real(path, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_alfworld, "write_json", dies)
+        with pytest.raises(Killed):
+            main(argv(world, out, *flags))
+    before = {path: os.stat(path).st_mtime_ns for path in written[:5]}
+    assert len(episodes(out)) == 5 and not os.path.exists(out / "summary.json")
+    played, play = [], eval_alfworld.play
+    monkeypatch.setattr(eval_alfworld, "play", lambda actor, jobs,
+                        *rest: played.extend(jobs) or play(actor, jobs, *rest))
+    main(argv(world, out, *flags))
+    assert len(played) == 9 and before == {path: os.stat(path).st_mtime_ns for path in before}
+    assert said(out) == said(tmp_path / "whole") and len(said(out)) == 14
+    main(argv(world, out, *flags))
+    assert len(played) == 9  # a finished evaluation plays nothing, and another variant plays only itself
+    main(argv(world, out, *flags, "--variants", "none", "no_comm"))
+    assert len(played) == 16 and list(read(out / "summary.json")["variants"]) == ["none", "no_comm"]
+
+
+def test_two_ranks_equal_one(world, tmp_path):
+    sender = save_model(tmp_path / "sender", "qwen2", width=WIDTH, seed=7)
+    flags = ["--variants", "none", "no_comm", "--batch_size", 4, "--sender", sender, "--latent_steps", 2]
+    main(argv(world, tmp_path / "one", *flags))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+               "--master_port", str(port), os.path.join(ROOT, "eval_alfworld.py"),
+               *argv(world, tmp_path / "two", *flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"})
+    assert done.returncode == 0, done.stderr
+    assert said(tmp_path / "one") == said(tmp_path / "two") and len(said(tmp_path / "two")) == 21
+    assert done.stdout.count("wrote summary.json") == 1  # one rank talks
+
+
+# ---- bad input
+
+@pytest.mark.parametrize("flags, words", [
+    (["--variants", "smoke"], ["unknown variant smoke", "cross_task"]), (["--surprise", 1], ["--surprise"]),
+    (["--env", "no_such_module:Game"], ["no_such_module:Game", "module:Class"]),
+    (["--env", "json:Game"], ["json:Game"]),
+    (["--env", "alfwolrd"], ["alfwolrd", "module:Class"]), (["--split", "nowhere"], ["no games", "nowhere"]),
+    (["--split", "one"], ["no message for 1 games", "0", "collect.py"]),
+    (["--hidden_data", "/nowhere"], ["no directory /nowhere"]),
+    (["--model_path", "/nowhere"], ["/nowhere"]),
+    (["--variants", "cot_full"], ["cot_full", "--message text", "--baseline_path"]),
+    (["--variants", "none", "no_cot"], ["no_cot", "--message none", "--baseline_path"]),
+    (["--baseline_path", "/nowhere", "--variants", "no_cot"], ["/nowhere"]), (["--keep_ratio", 2], ["--keep_ratio"]),
+    (["--latent_steps", 2], ["--latent_steps", "--sender"]), (["--max_steps", 0], ["--max_steps"]),
+    (["--sender", "/nowhere"], ["/nowhere"]), (["--torch_dtype", "int8"], ["--torch_dtype"])],
+    ids=lambda words: " ".join(map(str, words)))
+def test_bad_flags(world, tmp_path, refuses, flags, words):
+    refuses(main, argv(world, tmp_path / "o", *flags), *words)
+    assert not os.path.exists(tmp_path / "o" / "episodes")
+
+
+def test_messages_that_do_not_fit(world, tmp_path, refuses):
+    wide = write_messages(tmp_path / "wide", TASKS, width=32)
+    refuses(main, argv({**world, "messages": wide}, tmp_path / "o"), "32 wide", str(WIDTH))
+    mute = write_messages(tmp_path / "mute", TASKS, plan=" ")
+    refuses(main, argv({**world, "messages": mute}, tmp_path / "o", "--variants", "text"), TASKS[0]["id"], "empty plan")
+    partial = write_messages(tmp_path / "partial", TASKS[:5])
+    refuses(main, argv({**world, "messages": partial}, tmp_path / "o"), "no message for 2 games", TASKS[5]["id"],
+            "collect.py")
+    refuses(main, argv(world, tmp_path / "o", actor="plain"), "no adapter", "--message latent")
+    refuses(main, argv(world, tmp_path / "o", "--variants", "text", actor="plain"), "<bop>")
+    refuses(main, argv(world, tmp_path / "o", actor="text"), "no adapter")
+    no_messages = without_messages(argv(world, tmp_path / "o"))
+    for variant in ("none", "text"):
+        refuses(main, [*no_messages, "--variants", variant], variant, "--hidden_data", "--sender")
+    assert not os.path.exists(tmp_path / "o")
+    main([*no_messages, "--variants", "no_comm", "--num_episodes", "2"])
+    assert len(episodes(tmp_path / "o")) == 2
+
+
+def test_other_settings_into_the_same_folder(world, complete, refuses):
+    before = said(complete)
+    refuses(main, argv(world, complete, "--seed", 1, "--max_steps", 6, actor="llama"), "--seed", "--max_steps",
+            "--output_path")
+    assert said(complete) == before
+
+
+def test_context_that_is_too_short(tmp_path, world, refuses):
+    short = save_talker(tmp_path / "short", sender_dim=WIDTH, context=200)
+    line = refuses(main, argv({**world, "qwen2": short}, tmp_path / "o", "--variants", "no_comm"), "id room", "200",
+                   "--max_steps")
+    assert "steps the episode needs" in line
+    finished = said(tmp_path / "o")
+    assert 0 < len(finished) < 7  # those that ended in time stay
+
+
+# ---- the real engine
+
+def test_six_real_games_under_many_variants(world, tmp_path, monkeypatch):
+    pytest.importorskip("alfworld")
+    from alfworld_fixture import GAMES, make_games
+    monkeypatch.setenv("ALFWORLD_DATA", make_games(tmp_path / "data"))
+    tasks = eval_alfworld.AlfworldGame().tasks("valid_seen")
+    messages, out = write_messages(tmp_path / "m", tasks), tmp_path / "o"
+    variants = ["none", "text", "no_comm", "no_cot"]
+    main(argv({**world, "messages": messages}, out, "--env", "alfworld", "--split", "valid_seen", "--variants",
+              *variants,
+              "--baseline_path", world["none"], "--max_steps", 3, "--env_workers", 2, "--batch_size", 18))
+    found, summary = episodes(out), read(out / "summary.json")["variants"]
+    assert found.keys() == {(v, 0, t["id"]) for v in variants for t in tasks} and list(summary) == variants
+    assert len(rows(out / "performance_metrics.csv")) == len(rows(out / "results.csv")) == 24 and (out / "results.png").exists()
+    assert {r["type"] for r in found.values()} == {game[0] for game in GAMES}
+    for record in found.values():  # gibberish costs steps and crashes nothing
+        assert record["steps"] == record["invalid"] == 3 and not record["success"] and record["crash"] is None
+        assert "You are in the middle of a room" in record["first_turn"] and record["env_ms"] > 0
