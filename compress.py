@@ -70,6 +70,7 @@ def get_args(argv):
     g.add_argument("--max_steps", type=positive, help="optimizer steps, instead of epochs")
     g.add_argument("--learning_rate", type=float, default=5e-5, help="peak, then cosine to 0")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
+    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squared gradients; short runs: 0.95")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
     g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
@@ -91,10 +92,13 @@ def get_args(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # data: the actor's rows are those of train_actor.py; the student reads the task with its own tokenizer and template
 
-def student_prompts(data, shards, tokenizer, args, max_length):
+def student_prompts(data, shards, tokenizer, args, max_length, actor_length):
     """Ids of the student's prompt for every row: the text that the data's sender was asked, rendered anew."""
     prompts = []
-    for row_id, task in zip(data.ids, data.tasks):
+    for row_id, task, (before, after, _) in zip(data.ids, data.tasks, data.encoded):
+        if len(before) + args.K + len(after) > actor_length:
+            raise UserError(f"{data.path}: id {row_id}: {len(before) + len(after)} tokens + K = {args.K} exceed the "
+                            f"actor's context of {actor_length}: lower --K or shorten the row")
         text = args.prompt_template.replace("{task}", shards.records[row_id]["task"] if row_id in shards else task)
         before, after = render_turn(tokenizer, [{"role": "user", "content": text}], where=row_id)
         prompts.append(before + after)
@@ -278,8 +282,9 @@ def train(args):
     if not train_rows:
         raise UserError(f"{args.train_file} has no training rows (--eval_ratio {args.eval_ratio})")
     context = getattr(config, "max_position_embeddings", 2**31)
-    prompts = student_prompts(data, shards, tokenizer, args, context)
-    eval_prompts = prompts if eval_data is data else student_prompts(eval_data, shards, tokenizer, args, context)
+    prompts = student_prompts(data, shards, tokenizer, args, context, max_length)
+    eval_prompts = prompts if eval_data is data else student_prompts(
+        eval_data, shards, tokenizer, args, context, max_length)
     # B's prompt has no announcement and no markers: what an actor sees to whom nobody has said anything
     silent = [encode_conversation(teacher_tokenizer, messages, None, data.path) for messages in data.messages]
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)
@@ -303,7 +308,8 @@ def train(args):
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}], lr=args.learning_rate)
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
+        lr=args.learning_rate, betas=(0.9, args.adam_beta2))
     if checkpoint:
         optimizer.load_state_dict(torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True,
                                              map_location=device))
@@ -369,10 +375,10 @@ def train(args):
             sums += torch.cat([loss.detach()[None], terms])
             seen_tokens += sum(len(prompts[n]) + args.K for n in part)
         loss, *terms = all_reduce(sums).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"step {step + 1}: the loss is {loss}; nothing was updated. Samples: "
-                            f"{', '.join(data.ids[n] for n in samples)}. Lower --learning_rate, or look at their messages")
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
+                            f"{', '.join(data.ids[n] for n in samples)}. Lower --learning_rate, or look at their messages")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * lr_scale(step, max_steps, warmup)
         optimizer.step()

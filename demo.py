@@ -268,8 +268,8 @@ def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
 # The stages, each through its real script
 
 SETTINGS = {  # steps and sizes: measured so that the whole takes minutes on 2 cores
-    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 600},
-    True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 40, "student": 200},
+    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 900},
+    True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 70, "student": 150},
 }
 
 
@@ -328,8 +328,8 @@ def household(args, out):
     stage(seconds, "compress", compress,
           f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file {out}/train.json "
           f"--hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' --K 8 --max_steps "
-          f"{n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 3e-3 --lambda_align 0.2 "
-          f"--eval_ratio 0.05 --eval_steps 500 --logging_steps 50 --seed {args.seed}")
+          f"{n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 "
+          f"--eval_ratio 0.05 --eval_steps 500 --logging_steps 100 --seed {args.seed}")
     live = f"--prompt_template '{{task}}' --latent_steps 8 --sender"
     play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
     play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})

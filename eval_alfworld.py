@@ -200,7 +200,7 @@ def load_game(spec):
     sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module raises when it is imported
         raise UserError(f"--env takes alfworld or module:Class; {spec} cannot be loaded: {error}") from error
 
 
@@ -219,6 +219,8 @@ def ask(games, make_game, slot, method, argument):
             games[slot] = make_game()
         # no game: its process was started anew since
         answer = getattr(games[slot], method)(argument) if slot in games else Crash("its process died in another game")
+        if method == "step" and not isinstance(answer, Crash):
+            answer[3]["won"]  # what a game must say, checked where its faults are caught
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
         answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line
@@ -518,9 +520,15 @@ def evaluate(args):
         raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
     game = load_game(args.env)
     parse_action = getattr(game, "parse_action", str.strip)
-    tasks = game().tasks(args.split)[:args.num_episodes]
+    all_tasks = game().tasks(args.split)  # cross_task draws from the whole split, so that --num_episodes changes nothing
+    tasks = all_tasks[:args.num_episodes]
     if not tasks:
         raise UserError(f"{args.env} has no games in split {args.split}")
+    ids = [task.get("id") for task in all_tasks]
+    if not all(isinstance(task.get(k), str) for task in all_tasks for k in ("id", "task")) or len(set(ids)) < len(ids):
+        raise UserError(f"{args.env}: tasks({args.split!r}) must give records with a unique text 'id' and a text 'task'")
+    if args.sender and args.hidden_data and not args.latent_steps:
+        raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: give one of the two")
 
     paths, infos = actor_of(variants, args.model_path, args.baseline_path)
 
@@ -580,7 +588,7 @@ def evaluate(args):
             continue
         actor = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code)
         for i in range(0, len(pending), args.batch_size):
-            for record in play(actor, pending[i:i + args.batch_size], tasks, sources, workers, parse_action, args):
+            for record in play(actor, pending[i:i + args.batch_size], all_tasks, sources, workers, parse_action, args):
                 memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
                           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
                 n = next(k for k, task in enumerate(tasks) if task["id"] == record["id"])

@@ -628,7 +628,7 @@ class LatentShards:
                 header = json.loads(f.read(size)) if size < 2**31 else None
             records, sender = (json.loads(header["__metadata__"][k]) for k in ("records", "sender"))
             end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-            if os.path.getsize(path) != 8 + size + end or records.keys() != header.keys() - {"__metadata__"}:
+            if os.path.getsize(path) != 8 + size + end or not header.keys() - {"__metadata__"} <= records.keys():
                 raise ValueError
             sender["hidden_size"]
             return header, records, sender
@@ -717,7 +717,8 @@ def message_row(actor, messages, n, variant, seed, source, tasks):
         record = shards.records[task_id]
         plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
     elif variant == "cross_task":
-        latents = shards[tasks[another_task(n, [t["task"] for t in tasks], "cross_task", seed, task_id)]["id"]]
+        pool = [task for task in tasks if task["id"] in shards]
+        latents = shards[pool[another_task(pool.index(tasks[n]), [t["task"] for t in pool], "cross_task", seed, task_id)]["id"]]
     elif variant in PERTURBATIONS:
         latents = perturb(variant, shards[task_id], seed, task_id)
     else:
@@ -739,14 +740,15 @@ def check_messages(actor_path, info, variant, shards, tasks):
         raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
     missing = [t["id"] for t in tasks if t["id"] not in shards]
     if missing:
-        raise UserError(f"{shards.directory} has no message for {len(missing)} games, the first {missing[0]}: run collect.py "
-                        f"on these games, or give --sender")
+        raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first {missing[0]}: run collect.py "
+                        f"on these tasks, or give --sender")
     if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
         raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
                         f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
     empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
     if variant in ("text", "cot_full") and empty:
-        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send")
+        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send: latent steps write "
+                        f"none, give --hidden_data with plans")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def get_args(argv):
     g.add_argument("--learning_rate", type=float, default=1e-5, help="peak, then cosine to 0")
     g.add_argument("--adapter_learning_rate", type=float, help="peak for the adapter; default: --learning_rate")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
+    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squared gradients; short runs: 0.95")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
     g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
@@ -284,7 +285,7 @@ def train(args):
     if latent:
         groups.append({"params": list(actor.adapter.parameters()), "lr": adapter_lr, "weight_decay": 0.0})
     peaks = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
     if checkpoint:
         optimizer.load_state_dict(torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True,
                                              map_location=device))
@@ -357,10 +358,10 @@ def train(args):
                 (loss * world / n_labels).backward()  # DDP averages over ranks: the mean over the global batch's labels
             sums += torch.cat([loss.detach()[None], terms]) / n_labels
         loss, *terms = all_reduce(sums).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"step {step + 1}: the loss is {loss}; nothing was updated. Samples: "
-                            f"{', '.join(data.ids[train_rows[p]] for _, p in samples)}. Lower --learning_rate, or look at their messages")
         grad_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm).item()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
+                            f"{', '.join(data.ids[train_rows[p]] for _, p in samples)}. Lower --learning_rate, or look at their messages")
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * lr_scale(step, max_steps, warmup)
         optimizer.step()

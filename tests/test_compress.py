@@ -34,20 +34,17 @@ def world(tmp_path_factory):
     actor.lm.config.attention_dropout = 0.5  # on top of the adapter's 0.1: neither may ever be on
     actor.save(str(root / "actor"))
     train, messages = make_data(str(root / "data"), N, WIDTH)
-    return {"actor": str(root / "actor"), "student": save_model(root / "student", "llama", "llama3", width=WIDTH,
-                                                                seed=1),
-            "train": train, "messages": messages}
+    student = save_model(root / "student", "llama", "llama3", width=WIDTH, seed=1)
+    return {"actor": str(root / "actor"), "student": student, "train": train, "messages": messages}
 
 
 def argv(world, out, *more):
     """The last of two equal flags wins."""
     return [str(a) for a in [
         "--teacher_model_name_or_path", world["actor"], "--student_model_name_or_path", world["student"],
-        "--train_file",
-        world["train"], "--hidden_data", world["messages"], "--output_dir", out, "--K", K, "--prompt_template",
-        "{task}?",
-        "--learning_rate", 1e-3, "--global_batch_size", 4, "--max_steps", 4, "--eval_ratio", 0.3, "--eval_steps", 2,
-        *more]]
+        "--train_file", world["train"], "--hidden_data", world["messages"], "--output_dir", out, "--K", K,
+        "--prompt_template", "{task}?", "--learning_rate", 1e-3, "--global_batch_size", 4, "--max_steps", 4,
+        "--eval_ratio", 0.3, "--eval_steps", 2, *more]]
 
 
 def log(out):
@@ -104,8 +101,7 @@ class Micro:
     def __init__(self, actor):
         generator = torch.Generator().manual_seed(5)
         turns = [[("human", "task one"), ("gpt", "go"), ("human", "here"), ("gpt", "take it")],
-                 [("human", "two"), ("gpt", "x")],
-                 [("human", "the third task"), ("gpt", "open the door")]]
+                 [("human", "two"), ("gpt", "x")], [("human", "the third task"), ("gpt", "open the door")]]
         messages = [to_messages([{"from": a, "value": b} for a, b in t]) for t in turns]
         self.encoded = [encode_conversation(actor.tokenizer, m, PLAN_ANNOUNCEMENT) for m in messages]
         self.silent = [encode_conversation(actor.tokenizer, m) for m in messages]
@@ -235,7 +231,7 @@ def test_weights_of_the_kl():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_actor_has_no_dropout(world, micro, checkpointing):
     actor = load_teacher(world["actor"], "cpu", False, checkpointing)
-    assert actor.lm.config.attention_dropout == 0.5 and actor.adapter.attention.dropout == 0.1  # it has some to switch off
+    assert actor.lm.config.attention_dropout == 0.5 and actor.adapter.attention.dropout == 0.1  # to be switched off
     losses = [micro.loss(actor) for _ in range(2)]
     assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
     assert not any(p.requires_grad for p in actor.parameters())
@@ -255,8 +251,7 @@ def test_nothing_of_the_actor_changes(world, tmp_path, monkeypatch, checkpointin
 
 
 def same_weights_as_start(out, world):
-    a, b = load_file(os.path.join(out, "model.safetensors")), load_file(os.path.join(world["student"],
-                                                                                     "model.safetensors"))
+    a, b = (load_file(os.path.join(directory, "model.safetensors")) for directory in (out, world["student"]))
     return all(torch.equal(a[k], b[k]) for k in b)
 
 
@@ -398,8 +393,8 @@ def collected(student, world, out):
     shards = LatentShards(world["messages"])
     tasks = write(f"{out}.json", [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
     collect.main(["custom", "--model_name_or_path", str(student), "--dataset_path", tasks, "--output_dir", str(out),
-                  "--prompt_template", "{task}?", "--latent_steps", str(K), "--torch_dtype", "fp32", "--batch_size",
-                  "3"])
+                  "--prompt_template", "{task}?", "--latent_steps", str(K), "--torch_dtype", "fp32",
+                  "--batch_size", "3"])
     return LatentShards(str(out))
 
 
@@ -519,6 +514,21 @@ def test_latents_must_fit_the_actors_context(world, tmp_path, refuses):
     refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o", "--K", 300, "--max_steps", 1),
             "id t", "400")
     assert not os.path.exists(tmp_path / "o")
+
+
+def test_gradient_that_is_not_finite_changes_nothing(world, tmp_path, refuses, monkeypatch):
+    """The loss of this step is fine, but through many latent steps a gradient can overflow."""
+    calls = []
+
+    def spoiled(actor, latents, *args, **kwargs):
+        calls.append(1)
+        loss, terms = compression_loss(actor, latents, *args, **kwargs)
+        if len(calls) == 2:
+            loss = loss + ((latents - latents.detach()) ** 2).sqrt().sum()  # + 0, with gradient NaN
+        return loss, terms
+    monkeypatch.setattr(compress, "compression_loss", spoiled)
+    refuses(main, argv(world, tmp_path / "o", "--save_steps", 1), "step 2", "gradient", "nothing was updated")
+    assert [f for f in os.listdir(tmp_path / "o") if f.startswith("checkpoint")] == ["checkpoint-1"]
 
 
 def test_global_batch_must_divide_over_ranks(world, tmp_path, refuses, monkeypatch):

@@ -23,20 +23,22 @@ def play(task, actions):
 def test_the_expert_wins_every_task_with_its_last_action(split):
     for task in all_tasks(split):
         _, steps = play(task, expert(task))
-        assert [won["won"] for *_, won in steps] == [done for _, _, done, _ in steps] == [False] * (len(steps) - 1) + [True]
+        wins = [False] * (len(steps) - 1) + [True]
+        assert [info["won"] for *_, info in steps] == [done for _, _, done, _ in steps] == wins
         assert not any(info["invalid"] for *_, info in steps) and len(steps) <= MAX_STEPS
 
 
 def test_the_search_wins_without_knowing_the_place():
-    """It does the same for two tasks that differ in their place until the object is in sight."""
-    by_place = {}
+    """Tasks that differ in their place alone are searched in the same way until the object is in sight."""
+    searches = {}
     for task in all_tasks("test"):
         _, steps = play(task, search_actions(task))
         assert steps[-1][3]["won"] and not any(info["invalid"] for *_, info in steps)
-        by_place.setdefault((task["type"], task["object"], task["target"]), []).append((task["place"], search_actions(task)))
-    for tasks in by_place.values():
-        last = max(tasks, key=lambda pair: PLACES.index(pair[0]))[1]
-        for place, actions in tasks:
+        same = searches.setdefault((task["type"], task["object"], task["target"]), {})
+        same[task["place"]] = search_actions(task)
+    for same in searches.values():
+        last = same[PLACES[-1]]
+        for place, actions in same.items():
             looked = next(i for i, action in enumerate(actions) if action.startswith("take "))
             assert actions[:looked] == last[:looked] and actions[looked].endswith(f" from {place}")
 
@@ -66,9 +68,11 @@ def test_rules():
     world.reset(task)
 
     def refused(*actions):
-        return all(world.step(action)[0] == "nothing happens ." and world.step(action)[3]["invalid"] for action in actions)
+        answers = [world.step(action) for action in actions]
+        return all(answer[0] == "nothing happens ." and answer[3]["invalid"] for answer in answers)
 
-    assert refused("", "look", "go to the moon", f"take {obj} from {place}", f"open {place}", f"heat {obj} with microwave 1")
+    assert refused("", "look", "go to the moon", f"take {obj} from {place}", f"open {place}",
+                   f"heat {obj} with microwave 1")
     assert world.step(f"go to {place}")[0] == f"{place} is closed ."
     assert refused(f"take {obj} from {place}")  # a closed place gives nothing
     assert obj in world.step(f"open {place}")[0]
@@ -155,7 +159,8 @@ def test_a_second_run_reuses_everything(finished, monkeypatch):
     assert after.keys() == before.keys()
     models = {path for path in before if os.path.basename(path) == "loss_log.csv" or "/episodes/" in path
               or path.endswith((".safetensors", ".pt"))}
-    assert sum("loss_log.csv" in path for path in models) == 2 and sum("/episodes/" in path for path in models) == 9 * 60
+    assert sum("loss_log.csv" in path for path in models) == 2
+    assert sum("/episodes/" in path for path in models) == 9 * 60
     assert {path: before[path] for path in models} == {path: after[path] for path in models}
     assert all(read(finished)[key] == summary[key] for key in ("success", "interval", "episodes"))
 

@@ -4,7 +4,7 @@ import os
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers,
                    write_shard)
