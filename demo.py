@@ -330,7 +330,7 @@ def household(args, out):
           f"--hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' --K 8 --max_steps "
           f"{n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 "
           f"--eval_ratio 0.05 --eval_steps 500 --logging_steps 100 --seed {args.seed}")
-    live = f"--prompt_template '{{task}}' --latent_steps 8 --sender"
+    live = "--prompt_template '{task}' --latent_steps 8 --sender"
     play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
     play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
     stage(seconds, "collect 8 rows", collect,
