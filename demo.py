@@ -268,7 +268,7 @@ def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
 # The stages, each through its real script
 
 SETTINGS = {  # steps and sizes: measured so that the whole takes minutes on 2 cores
-    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 900},
+    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 1300},
     True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 70, "student": 150},
 }
 
@@ -306,7 +306,7 @@ def household(args, out):
     for split in tasks:
         stage(seconds, f"collect {split}", collect,
               f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_{split}.json --prompt_template '{{task}}' "
-              f"--output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size {n['episodes']} --torch_dtype fp32")
+              f"--output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size {128 if split == 'train' else 16} --torch_dtype fp32")
     stage(seconds, "train actor", train_actor,
           f"--model_name_or_path {out}/base --train_file {out}/train.json --hidden_data {out}/messages_train --output_dir "
           f"{out}/actor --max_steps {n['actor']} --global_batch_size 32 --per_device_train_batch_size 32 --learning_rate 1e-3 "
@@ -335,7 +335,7 @@ def household(args, out):
     play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
     stage(seconds, "collect 8 rows", collect,
           f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_test.json --prompt_template '{{task}}' "
-          f"--output_dir {out}/messages_cut --max_new_tokens 60 --c 8 --batch_size {n['episodes']} --torch_dtype fp32")
+          f"--output_dir {out}/messages_cut --max_new_tokens 60 --c 8 --batch_size 16 --torch_dtype fp32")
     play("eval cut", f"{out}/actor", "none", f"--hidden_data {out}/messages_cut", {"none": "keep8"})
     play("eval base", f"{out}/base", "no_comm", names={"no_comm": "no_comm_base"})
     wins = sum(len(search_actions(task)) <= MAX_STEPS for task in tasks["test"])

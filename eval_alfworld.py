@@ -61,6 +61,7 @@ def get_args(argv):
     g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: one row per K latent steps")
     g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
     g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
+    g.add_argument("--sender_batch_size", type=positive, default=16, help="with --sender: prompts decoded together")
     g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
     g = parser.add_argument_group("games")
     g.add_argument("--env", default="alfworld", help="alfworld, or module:Class")
@@ -553,7 +554,7 @@ def evaluate(args):
         collect.main([
             "alfworld" if args.env == "alfworld" else "custom", "--model_name_or_path", args.sender, "--dataset_path",
             os.path.join(args.output_path, "sender_tasks.json"), "--output_dir", directory, "--torch_dtype", args.torch_dtype,
-            "--batch_size", str(args.batch_size), "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
+            "--batch_size", str(args.sender_batch_size), "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
             *(["--latent_steps", str(steps)] if steps else []),
             *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
         if world > 1:
