@@ -378,7 +378,7 @@ def demo(args):
     out = args.output_dir
     if args.fresh and os.path.isdir(out):
         shutil.rmtree(out)
-    settings = {"task": args.task, "seed": args.seed, "fast": args.fast}
+    settings = {"seed": args.seed, "fast": args.fast}
     if os.path.exists(f"{out}/settings.json") and read_json(f"{out}/settings.json") != settings:
         raise UserError(f"{out} was made with other flags ({read_json(f'{out}/settings.json')}): add --fresh to start over, or "
                         f"give another --output_dir")
@@ -390,7 +390,6 @@ def main(argv=None):
     parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("--output_dir", default="demo_out", help="models, messages, results; a second run reuses them")
-    parser.add_argument("--task", choices=["household"], default="household", help="which world")
     parser.add_argument("--seed", type=int, default=0, help="of the models and of everything drawn")
     parser.add_argument("--fast", action="store_true", help="under a minute: fewer steps and episodes, weaker results")
     parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
