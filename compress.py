@@ -255,6 +255,15 @@ def train(args):
             raise UserError(f"{checkpoint} was trained with another {', '.join('--' + k for k in changed)}: give the same "
                             f"flags, another --output_dir, or --resume never")
 
+    # --resume PATH into a new directory: the best model so far comes along, or is forgotten if it is gone
+    best_dir, best_source = os.path.join(args.output_dir, f"best-{state['best_step']}"), None
+    if state["best_step"] and not os.path.isdir(best_dir):
+        best_source = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), os.path.basename(best_dir))
+        if not os.path.isdir(best_source):
+            best_source = checkpoint if state["best_step"] == state["step"] else None
+        if best_source is None:
+            state |= {"best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
+
     # teacher and data, all checked before a model is loaded
     load_config(args.teacher_model_name_or_path, args.trust_remote_code)
     info_path = os.path.join(args.teacher_model_name_or_path, "latent_adapter.json")
@@ -321,10 +330,9 @@ def train(args):
         for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
             if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
                 remove(os.path.join(args.output_dir, name))
-        best = f"best-{state['best_step']}"  # --resume PATH into a new directory: the best so far comes along
-        if state["best_step"] and not os.path.isdir(os.path.join(args.output_dir, best)):
-            with atomic_path(os.path.join(args.output_dir, best)) as temporary:
-                shutil.copytree(os.path.join(os.path.dirname(os.path.abspath(checkpoint)), best), temporary)
+        if best_source:
+            with atomic_path(best_dir) as temporary:
+                shutil.copytree(best_source, temporary, ignore=shutil.ignore_patterns("optimizer.pt", "trainer_state.json"))
         kept = []
         if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
             with open(csv_path) as f:

@@ -407,14 +407,15 @@ def test_two_ranks_equal_one(world, tmp_path):
     (["--env", "no_such_module:Game"], ["no_such_module:Game", "module:Class"]),
     (["--env", "json:Game"], ["json:Game"]),
     (["--env", "alfwolrd"], ["alfwolrd", "module:Class"]), (["--split", "nowhere"], ["no games", "nowhere"]),
-    (["--split", "one"], ["no message for 1 games", "0", "collect.py"]),
+    (["--split", "one"], ["no message for 1 tasks", "0", "collect.py"]),
     (["--hidden_data", "/nowhere"], ["no directory /nowhere"]),
     (["--model_path", "/nowhere"], ["/nowhere"]),
     (["--variants", "cot_full"], ["cot_full", "--message text", "--baseline_path"]),
     (["--variants", "none", "no_cot"], ["no_cot", "--message none", "--baseline_path"]),
     (["--baseline_path", "/nowhere", "--variants", "no_cot"], ["/nowhere"]), (["--keep_ratio", 2], ["--keep_ratio"]),
     (["--latent_steps", 2], ["--latent_steps", "--sender"]), (["--max_steps", 0], ["--max_steps"]),
-    (["--sender", "/nowhere"], ["/nowhere"]), (["--torch_dtype", "int8"], ["--torch_dtype"])],
+    (["--sender", "/nowhere", "--latent_steps", 2], ["/nowhere"]),
+    (["--sender", "/nowhere"], ["--hidden_data", "--latent_steps"]), (["--torch_dtype", "int8"], ["--torch_dtype"])],
     ids=lambda words: " ".join(map(str, words)))
 def test_bad_flags(world, tmp_path, refuses, flags, words):
     refuses(main, argv(world, tmp_path / "o", *flags), *words)
@@ -427,7 +428,7 @@ def test_messages_that_do_not_fit(world, tmp_path, refuses):
     mute = write_messages(tmp_path / "mute", TASKS, plan=" ")
     refuses(main, argv({**world, "messages": mute}, tmp_path / "o", "--variants", "text"), TASKS[0]["id"], "empty plan")
     partial = write_messages(tmp_path / "partial", TASKS[:5])
-    refuses(main, argv({**world, "messages": partial}, tmp_path / "o"), "no message for 2 games", TASKS[5]["id"],
+    refuses(main, argv({**world, "messages": partial}, tmp_path / "o"), "no message for 2 tasks", TASKS[5]["id"],
             "collect.py")
     refuses(main, argv(world, tmp_path / "o", actor="plain"), "no adapter", "--message latent")
     refuses(main, argv(world, tmp_path / "o", "--variants", "text", actor="plain"), "<bop>")
