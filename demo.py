@@ -269,7 +269,7 @@ def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
 
 SETTINGS = {  # steps and sizes: measured so that the whole takes minutes on 2 cores
     False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 1300},
-    True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 70, "student": 150},
+    True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 70, "student": 120},
 }
 
 
