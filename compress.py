@@ -265,7 +265,7 @@ def train(args):
             state |= {"best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
 
     # teacher and data, all checked before a model is loaded
-    load_config(args.teacher_model_name_or_path, args.trust_remote_code)
+    teacher_config = load_config(args.teacher_model_name_or_path, args.trust_remote_code)
     info_path = os.path.join(args.teacher_model_name_or_path, "latent_adapter.json")
     info = read_json(info_path) if os.path.exists(info_path) else {}
     if info.get("message") != "latent":
@@ -279,7 +279,6 @@ def train(args):
             raise UserError(f"the adapter of {args.teacher_model_name_or_path} reads states {info['sender_hidden_size']} wide, "
                             f"{name} is {width}: give the sender (or its size) that the actor was trained on")
     teacher_tokenizer = load_tokenizer(args.teacher_model_name_or_path, args.trust_remote_code)
-    teacher_config = load_config(args.teacher_model_name_or_path)
     args.message, args.plan_announcement = "latent", info["plan_announcement"]
     max_length = min(args.model_max_length, getattr(teacher_config, "max_position_embeddings", 2**31))
     data = Conversations(args.train_file, args, teacher_tokenizer, shards, max_length, info["sender_hidden_size"])

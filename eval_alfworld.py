@@ -577,11 +577,11 @@ def evaluate(args):
         args.env_workers = min(os.cpu_count(), args.batch_size) if args.env == "alfworld" else 0
     workers = GameWorkers(game, args.env_workers)  # forked before a model is in memory
 
-    def episode_path(label, r, n):
-        return os.path.join(args.output_path, "episodes", label, f"run{r}", quote(tasks[n]["id"], safe="") + ".json")
+    def episode_path(label, r, task_id):
+        return os.path.join(args.output_path, "episodes", label, f"run{r}", quote(task_id, safe="") + ".json")
 
     jobs = [(label, variant, r, n) for label, variant in variant_of.items() for r in range(args.runs) for n in range(len(tasks))]
-    jobs = [job for job in jobs[rank::world] if not os.path.exists(episode_path(job[0], *job[2:]))]
+    jobs = [job for job in jobs[rank::world] if not os.path.exists(episode_path(job[0], job[2], ids[job[3]]))]
     bar = tqdm(total=len(jobs), desc="play", unit="episode", disable=rank > 0 or None)
     for path in dict.fromkeys(paths.values()):
         pending = [job for job in jobs if paths[job[1]] == path]
@@ -592,8 +592,7 @@ def evaluate(args):
             for record in play(actor, pending[i:i + args.batch_size], all_tasks, sources, workers, parse_action, args):
                 memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
                           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-                n = next(k for k, task in enumerate(tasks) if task["id"] == record["id"])
-                write_json(episode_path(record["variant"], record["run"], n), record | {
+                write_json(episode_path(record["variant"], record["run"], record["id"]), record | {
                     "tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9), "peak_memory_gb": memory,
                     "device": device.split(":")[0], "dtype": args.torch_dtype})
                 bar.update()
@@ -607,7 +606,7 @@ def evaluate(args):
         return
 
     # the files and the table, from the episodes on disk
-    records = [read_json(episode_path(label, r, n)) for label in variant_of for r in range(args.runs) for n in range(len(tasks))]
+    records = [read_json(episode_path(label, r, task["id"])) for label in variant_of for r in range(args.runs) for task in tasks]
     summary = summarize(records, variant_of)
     write_json(os.path.join(args.output_path, "summary.json"), {"settings": settings, "variants": summary})
     write_csv(os.path.join(args.output_path, "results.csv"), ["variant", "run", "id", "type", "success", "steps", "invalid",

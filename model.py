@@ -198,7 +198,6 @@ class HiddenStateProcessor(nn.Module):
 
     def __init__(self, sender_dim, dim, num_heads=8, dropout=0.1, scale=0.2, output_scale=0.1):
         super().__init__()
-        self.sender_dim = sender_dim
         self.input_projector = nn.Linear(sender_dim, dim) if sender_dim != dim else nn.Identity()
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)

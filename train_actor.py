@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from model import (PLAN_ANNOUNCEMENT, Conversations, HiddenStateProcessor, LatentActor, Parser, UserError, adaptive_weight,
                    add_markers, another_task, atomic_path, boolean, collate, embedding_rms, global_batch, head_loss,
-                   init_markers,
-                   load_config, load_lm, load_tokenizer, open_shards, positive, read_json, remove, run, seed_for,
-                   split_eval, write_json)
+                   init_markers, load_config, load_lm, load_tokenizer, open_shards, positive, read_json, remove, run,
+                   seed_for, split_eval, write_json)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
