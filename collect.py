@@ -27,9 +27,9 @@ from tqdm import tqdm
 from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
                           TopPLogitsWarper)
 
-from model import (DTYPES, LatentSender, LatentShards, Parser, UserError, atomic_path, boolean, end_of_turn, lm_logits,
-                   load_config, load_lm, load_tokenizer, open_shards, positive, read_json, render_turn, run, seed_for,
-                   share, write_json, write_shard)
+from common import Parser, UserError, atomic_path, boolean, positive, read_json, run, seed_for, share, write_json
+from model import (DTYPES, LatentSender, LatentShards, end_of_turn, lm_logits, load_config, load_lm, load_tokenizer,
+                   open_shards, render_turn, write_shard)
 
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
 MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "

@@ -29,9 +29,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from collect import PRESETS, left_pad
-from model import (Conversations, LatentActor, LatentSender, Parser, UserError, assemble, atomic_path, boolean, collate,
-                   encode_conversation, global_batch, head_loss, kl_divergence, lm_logits, load_config, load_tokenizer,
-                   open_shards, positive, read_json, remove, render_turn, run, seed_for, split_eval, write_json)
+from common import Parser, UserError, atomic_path, boolean, positive, read_json, remove, run, seed_for, write_json
+from data import Conversations, global_batch, split_eval
+from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
+                   lm_logits, load_config, load_tokenizer, open_shards, render_turn)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

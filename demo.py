@@ -27,7 +27,7 @@ import collect
 import compress
 import eval_alfworld
 import train_actor
-from model import Parser, UserError, atomic_path, read_json, run, wilson_interval, write_json
+from common import Parser, UserError, atomic_path, read_json, run, wilson_interval, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

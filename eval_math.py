@@ -29,9 +29,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import collect
-from model import (DTYPES, LATENT_VARIANTS, VARIANTS, LatentActor, Parser, UserError, actor_of, atomic_path, boolean,
-                   check_messages, collate, end_of_turn, lm_logits, message_row, open_shards, positive, read_json, run,
-                   seed_for, wilson_interval, write_json, write_text)
+from common import (Parser, UserError, atomic_path, boolean, positive, read_json, run, seed_for, wilson_interval,
+                    write_json, write_text)
+from data import LATENT_VARIANTS, VARIANTS, actor_of, check_messages, message_row
+from model import DTYPES, LatentActor, collate, end_of_turn, lm_logits, open_shards
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -12,20 +12,12 @@ end of the first human turn, and then acts. Read in this order:
     5. actor        LM + adapter
     6. sender       the student that says it in K latent steps
     7. messages     perturbations of H, and latent shards on disk
-    8. variants     what an actor is told in an evaluation
-    9. data         training rows: conversations with their messages
 """
-import argparse
-import contextlib
-import functools
-import hashlib
 import json
 import math
 import os
 import re
-import shutil
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,15 +27,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
+from common import UserError, atomic_path, read_json, seed_for, write_json
+
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class UserError(Exception):
-    """A mistake of the user's: one line that says what was expected and found. Scripts exit with code 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,11 +520,6 @@ class LatentSender(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Messages: perturbations and shards
 
-def seed_for(*parts):
-    """A 63-bit seed from any values: the same on every machine, rank and restart."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
-
-
 def another_task(n, tasks, *seed):
     """Index of a sample whose task text differs from sample n's; raises UserError if there is none. Never n itself,
     for any batch size or number of ranks (the released code's pool holds the sample itself)."""
@@ -667,300 +652,3 @@ def open_shards(directory):
     if not len(shards):
         raise UserError(f"{directory} holds no latent shards: run collect.py with --output_dir {directory}")
     return shards
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Variants: what an actor is told in an evaluation (paper, baselines and ablations)
-
-LATENT_VARIANTS = ("none", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
-VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
-
-
-def read_info(path):
-    """latent_adapter.json of an actor, {} for a plain model."""
-    load_config(path)
-    info = os.path.join(path, "latent_adapter.json")
-    return read_json(info) if os.path.exists(info) else {}
-
-
-def actor_of(variants, model_path, baseline_paths):
-    """{variant: the actor's path}, {path: its latent_adapter.json}; cot_full and no_cot have actors of their own."""
-    infos = {path: read_info(path) for path in [model_path, *baseline_paths]}
-    paths = {}
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
-        paths[variant] = model_path
-        if variant in ("cot_full", "no_cot"):
-            message = "text" if variant == "cot_full" else "none"
-            fitting = [path for path in baseline_paths if infos[path].get("message") == message]
-            if not fitting:
-                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and give "
-                                f"it in --baseline_path")
-            paths[variant] = fitting[0]
-        if variant == "text" and load_tokenizer(model_path).convert_tokens_to_ids(BOP) is None:
-            raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give a trained actor")
-    return paths, infos
-
-
-def message_row(actor, messages, n, variant, seed, source, tasks):
-    """The first prompt of game n under a variant, as a row for `collate`. messages: its turns so far (one human);
-    source: (shards, share of the rows to keep)."""
-    tokenizer, task_id, (shards, keep) = actor.tokenizer, tasks[n]["id"], source
-    if variant in ("no_comm", "no_cot"):
-        before, after = render_turn(tokenizer, messages, where=task_id)
-        return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
-    before, after = render_turn(tokenizer, messages, actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT), where=task_id)
-    plan_ids, latents = [], None
-    if variant in ("text", "cot_full"):
-        record = shards.records[task_id]
-        plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
-    elif variant == "cross_task":
-        pool = [task for task in tasks if task["id"] in shards]
-        latents = shards[pool[another_task(pool.index(tasks[n]), [t["task"] for t in pool], "cross_task", seed, task_id)]["id"]]
-    elif variant in PERTURBATIONS:
-        latents = perturb(variant, shards[task_id], seed, task_id)
-    else:
-        latents = shards[task_id]
-    if latents is not None:
-        latents = latents[:round(keep * len(latents))]
-    row = assemble(before, after, [-100] * len(after), plan_ids, latents, tenths=10 if plan_ids else 0)
-    return row | {"message_rows": len(plan_ids) if latents is None else len(latents)}
-
-
-def check_messages(actor_path, info, variant, shards, tasks):
-    """Everything that can be wrong with a variant's messages, before any model is loaded."""
-    if variant in ("no_comm", "no_cot"):
-        return
-    if variant in LATENT_VARIANTS and info.get("message") != "latent":
-        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor that "
-                        f"train_actor.py wrote with --message latent")
-    if shards is None:
-        raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
-    missing = [t["id"] for t in tasks if t["id"] not in shards]
-    if missing:
-        raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first {missing[0]}: run collect.py "
-                        f"on these tasks, or give --sender")
-    if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
-        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
-                        f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
-    empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
-    if variant in ("text", "cot_full") and empty:
-        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send: latent steps write "
-                        f"none, give --hidden_data with plans")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Training data: conversations and their messages
-
-class Conversations:
-    """The rows of a file, encoded and checked, in lists by position; messages are read when a batch needs them."""
-
-    def __init__(self, path, args, tokenizer, shards, max_length, width=None):
-        announcement = args.plan_announcement if args.message != "none" else None
-        records = read_json(path)
-        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-            raise UserError(f"{path}: expected a list of records with id and conversations")
-        self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
-        self.path, self.messages, self.lengths, self.n_labels, self.message_rows, seen = path, [], [], [], [], set()
-        self.width = width  # of the messages: given, or that of the first
-        for n, record in enumerate(records):
-            if "id" not in record or "conversations" not in record:
-                raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
-            row_id = str(record["id"])
-            where = f"{path}: id {row_id}"
-            if row_id in seen:
-                raise UserError(f"{where} occurs twice: ids must be unique")
-            seen.add(row_id)
-            self.ids.append(row_id)
-            messages = to_messages(record["conversations"], args.task_turn, where)
-            before, after, labels = encode_conversation(tokenizer, messages, announcement, where)
-            stored = shards.records[row_id] if shards is not None and row_id in shards else {}
-            plan = record.get("plan") or stored.get("plan", "")
-            plan_ids, rows = [], 0
-            if args.message != "none":
-                plan_ids = plan_ids_for(tokenizer, plan, [] if record.get("plan") else stored.get("plan_token_ids"))
-                if not stored and args.message == "latent" and not self.inline(record):
-                    raise UserError(f"{where} has no message in {args.hidden_data or '--hidden_data (not given)'}: run "
-                                    f"collect.py on this task, or remove the row")
-                if not plan_ids:
-                    raise UserError(f"{where}: empty plan: collect it again, or give the row a 'plan'")
-                if args.message == "latent":
-                    rows = len(self.latents(n)) if self.inline(record) else shards.lengths[row_id]
-                    width = self.latents(n).shape[1] if self.inline(record) else shards.hidden_size
-                    if width != (self.width or width):
-                        raise UserError(f"{where}: its message is {width} wide, expected {self.width}: one actor reads one sender")
-                    self.width = width
-                else:
-                    rows = len(plan_ids)
-            if rows > args.prepended_length:
-                raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length {args.prepended_length}: "
-                                f"raise it, or collect with --c {args.prepended_length}")
-            length = len(before) + max(rows, len(plan_ids)) + len(after)
-            if length > max_length:
-                raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten "
-                                f"the row, or raise --model_max_length if the model allows it")
-            self.tasks.append(next(m["content"] for m in messages if m["role"] == "user"))
-            self.messages.append(messages)
-            self.encoded.append((before, after, labels))
-            self.message_rows.append(rows)
-            self.plans.append(plan_ids)
-            self.lengths.append(length)
-            self.n_labels.append(sum(label != -100 for label in labels))
-
-    def __len__(self):
-        return len(self.ids)
-
-    @staticmethod
-    def inline(record):
-        return "hidden_state" in record or "hidden_state_path" in record
-
-    def latents(self, n):
-        """The raw message of row n, (L, d_s): from the row itself, from its file, or from the shards."""
-        record, where = self.records[n], f"{self.path}: id {self.ids[n]}"
-        if not self.inline(record):
-            return self.shards[self.ids[n]]
-        path = record.get("hidden_state_path")
-        try:
-            if path is None:
-                latents = torch.tensor(record["hidden_state"], dtype=torch.float32)
-            elif path.endswith(".npy"):
-                latents = torch.from_numpy(np.load(path))
-            elif path.endswith(".safetensors"):
-                latents, = load_file(path).values()
-            else:
-                latents = torch.load(path, weights_only=True, map_location="cpu")
-            if latents.dim() != 2 or not len(latents) or not torch.isfinite(latents).all():
-                raise ValueError(f"expected finite numbers of shape (L, d), found shape {tuple(latents.shape)}")
-        except Exception as e:  # whatever a foreign file holds, the user hears which row it was
-            raise UserError(f"{where}: cannot read its hidden_state{f' from {path}' if path else ''}: {e}") from None
-        return latents
-
-    def row(self, n, message, tenths=0, source=None):
-        """Row n with the message of row `source` (default its own); tenths of it are plan tokens."""
-        source = n if source is None else source
-        if message == "none":
-            return assemble(*self.encoded[n])
-        if message == "text":
-            return assemble(*self.encoded[n], plan_ids=self.plans[source], tenths=10)
-        return assemble(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), tenths=tenths)
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, *seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("order", *seed))).tolist()
-
-
-def global_batch(step, n, size, seed):
-    """[(draw, position)] of one optimizer step, from a stream of permutations, one per epoch. It depends on the step
-    alone, so any number of ranks and any restart see the same batch."""
-    return [(k, permutation(n, seed, k // n)[k % n]) for k in range(step * size, (step + 1) * size)]
-
-
-def split_eval(data, ratio, seed):
-    """Positions of training and held-out rows; a row's side depends on its id, not on the order of the file."""
-    by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
-    held_out = set(by_hash[:round(ratio * len(data))])
-    return [n for n in range(len(data)) if n not in held_out], sorted(held_out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and small things that every script uses
-
-@contextlib.contextmanager
-def atomic_path(path):
-    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never half of one.
-    Works for a file, or for a directory of a new name."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    try:
-        yield temporary
-        for root, _, files in os.walk(temporary):
-            for name in files:
-                sync(os.path.join(root, name))
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(os.path.dirname(os.path.abspath(path)))
-    finally:
-        remove(temporary)
-
-
-def remove(path):
-    """Delete a file or a directory, if it is there."""
-    if os.path.isdir(path):
-        shutil.rmtree(path)
-    elif os.path.exists(path):
-        os.remove(path)
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def write_text(path, text):
-    with atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path):
-    """Parse .json or .jsonl (a list of records). Raises UserError with the file and the line."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from None
-
-
-def wilson_interval(successes, n, z=1.96):
-    """95 % Wilson score interval of a proportion -> (low, high)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, centre = successes / n, successes / n + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # p itself is inside, whatever rounding says
-    return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))
-
-
-def boolean(text):
-    """argparse type of true|false flags."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    raise ValueError(text)
-
-
-def positive(text):
-    """argparse type of counts: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text}")
-    return int(text)
-
-
-def share(text):
-    """argparse type of shares: a number above 0, up to 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, found {text}")
-    return float(text)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong flag in one line, without the page of usage before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def run(parser, function, args):
-    """Call a script's body; a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        return function(args)
-    except UserError as e:
-        parser.exit(2, f"{parser.prog}: error: {e}\n")

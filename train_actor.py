@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from model import (PLAN_ANNOUNCEMENT, Conversations, HiddenStateProcessor, LatentActor, Parser, UserError, adaptive_weight,
-                   add_markers, another_task, atomic_path, boolean, collate, embedding_rms, global_batch, head_loss,
-                   init_markers, load_config, load_lm, load_tokenizer, open_shards, positive, read_json, remove, run,
-                   seed_for, split_eval, write_json)
+from common import Parser, UserError, atomic_path, boolean, positive, read_json, remove, run, seed_for, write_json
+from data import Conversations, global_batch, split_eval
+from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
+                   collate, embedding_rms, head_loss, init_markers, load_config, load_lm, load_tokenizer, open_shards)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

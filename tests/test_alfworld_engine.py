@@ -1,4 +1,4 @@
-"""The games of eval_alfworld.py: the real ALFWorld engine on six small games, and the processes that play them."""
+"""games.py: the real ALFWorld engine on six small games, and the processes that play them."""
 import json
 import os
 import re
@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-import eval_alfworld
-from eval_alfworld import INSTRUCTION, AlfworldGame, Crash, GameWorkers, load_game
-from model import UserError
+import games
+from common import UserError
+from games import INSTRUCTION, AlfworldGame, Crash, GameWorkers, load_game
 
 from alfworld_fixture import GAMES, make_games
 
@@ -215,7 +215,7 @@ def test_processes_overlap(workers):
 def test_processes_end_with_the_evaluator(tmp_path):
     script = tmp_path / "evaluator.py"
     script.write_text(
-        "import os, signal\nfrom eval_alfworld import GameWorkers\nfrom test_alfworld_engine import Fragile\n"
+        "import os, signal\nfrom games import GameWorkers\nfrom test_alfworld_engine import Fragile\n"
         "games = GameWorkers(Fragile, 3)\ngames.reset({s: {'task': 'hello'} for s in range(3)})\n"
         "print(*[process.pid for process, _ in games.workers], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120,
@@ -235,7 +235,7 @@ def test_user_errors_are_one_line_with_the_remedy(data_dirs, tmp_path, monkeypat
     with pytest.raises(UserError, match="ALFWORLD_DATA.*alfworld-download"):
         AlfworldGame().tasks("valid_seen")
     assert not os.path.exists(tmp_path / "nothing")
-    monkeypatch.setattr(eval_alfworld.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(games.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install alfworld"):
         AlfworldGame().tasks("valid_seen")
     assert load_game("alfworld") is AlfworldGame

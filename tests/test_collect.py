@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 import collect
 from collect import main
-from model import LatentSender, LatentShards, atomic_path, load_lm
+from common import atomic_path
+from model import LatentSender, LatentShards, load_lm
 from tiny import make_data, make_lm, make_tokenizer, save_model, write_tasks
 
 N = 10

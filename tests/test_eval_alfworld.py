@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import eval_alfworld
+import games
+from common import wilson_interval
+from data import VARIANTS
 from eval_alfworld import METRICS, main, mcnemar
-from model import (PLAN_ANNOUNCEMENT, VARIANTS, LatentActor, LatentShards, end_of_turn, render_turn, wilson_interval,
-                   write_shard)
+from model import PLAN_ANNOUNCEMENT, LatentActor, LatentShards, end_of_turn, render_turn, write_shard
 from tiny import make_actor, save_model
 
 ROOT = os.path.dirname(os.path.abspath(eval_alfworld.__file__))
@@ -463,7 +465,7 @@ def test_six_real_games_under_many_variants(world, tmp_path, monkeypatch):
     pytest.importorskip("alfworld")
     from alfworld_fixture import GAMES, make_games
     monkeypatch.setenv("ALFWORLD_DATA", make_games(tmp_path / "data"))
-    tasks = eval_alfworld.AlfworldGame().tasks("valid_seen")
+    tasks = games.AlfworldGame().tasks("valid_seen")
     messages, out = write_messages(tmp_path / "m", tasks), tmp_path / "o"
     variants = ["none", "text", "no_comm", "no_cot"]
     main(argv({**world, "messages": messages}, out, "--env", "alfworld", "--split", "valid_seen",

@@ -11,8 +11,8 @@ import torch
 import collect
 import eval_math
 from eval_math import main, summarize
-from model import (HiddenStateProcessor, LatentActor, LatentShards, add_markers, init_markers, message_row, text_ids,
-                   write_shard)
+from data import message_row
+from model import HiddenStateProcessor, LatentActor, LatentShards, add_markers, init_markers, text_ids, write_shard
 from tiny import make_lm, make_tokenizer, save_model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

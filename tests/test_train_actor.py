@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import train_actor
-from model import (Conversations, LatentActor, LatentShards, encode_conversation, open_shards, to_messages,
-                   write_shard)
+from data import Conversations
+from model import LatentActor, LatentShards, encode_conversation, open_shards, to_messages, write_shard
 from tiny import make_data, save_model
 from train_actor import LOSS_TERMS, main
 

@@ -1,0 +1,131 @@
+"""
+What every script needs and the method does not: errors, files, flags, seeds.
+
+    1. errors and flags    a user's mistake is one line and exit code 2
+    2. files               every write is atomic
+    3. numbers             seeds, intervals
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what was expected and found. Scripts exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Errors and flags
+
+def boolean(text):
+    """argparse type of true|false flags."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise ValueError(text)
+
+
+def positive(text):
+    """argparse type of counts: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text}")
+    return int(text)
+
+
+def share(text):
+    """argparse type of shares: a number above 0, up to 1."""
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, found {text}")
+    return float(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a wrong flag in one line, without the page of usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(parser, function, args):
+    """Call a script's body; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return function(args)
+    except UserError as e:
+        parser.exit(2, f"{parser.prog}: error: {e}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Files
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never half of one.
+    Works for a file, or for a directory of a new name."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        yield temporary
+        for root, _, files in os.walk(temporary):
+            for name in files:
+                sync(os.path.join(root, name))
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(os.path.dirname(os.path.abspath(path)))
+    finally:
+        remove(temporary)
+
+
+def remove(path):
+    """Delete a file or a directory, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_text(path, text):
+    with atomic_path(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """Parse .json or .jsonl (a list of records). Raises UserError with the file and the line."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return [json.loads(line) for line in f if line.strip()] if path.endswith(".jsonl") else json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Numbers
+
+def seed_for(*parts):
+    """A 63-bit seed from any values: the same on every machine, rank and restart."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little") >> 1
+
+
+def wilson_interval(successes, n, z=1.96):
+    """95 % Wilson score interval of a proportion -> (low, high)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, centre = successes / n, successes / n + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # p itself is inside, whatever rounding says
+    return max(0.0, min(p, (centre - half) / (1 + z * z / n))), min(1.0, max(p, (centre + half) / (1 + z * z / n)))
