@@ -12,6 +12,9 @@ import json
 import math
 import os
 import shutil
+import signal
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -51,10 +54,17 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser, function, args):
     """Call a script's body; a user's mistake becomes one line on stderr and exit code 2."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         return function(args)
-    except UserError as e:
+    except (UserError, OSError) as e:  # OSError: no permission, a full disk, too many files, ... it names the file
         parser.exit(2, f"{parser.prog}: error: {e}\n")
+    except RuntimeError as e:
+        if "losed by peer" not in str(e) and "reset by peer" not in str(e):
+            raise
+        parser.exit(1, f"{parser.prog}: rank {os.environ.get('RANK')} stops because another rank did; see its message\n")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +73,7 @@ def run(parser, function, args):
 @contextlib.contextmanager
 def atomic_path(path):
     """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never half of one.
-    Works for a file, or for a directory of a new name."""
+    Works for files and directories; an error of the disk is a UserError."""
     temporary = f"{path}.tmp{os.getpid()}"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
@@ -72,8 +82,13 @@ def atomic_path(path):
             for name in files:
                 sync(os.path.join(root, name))
         sync(temporary)
+        if os.path.isdir(path):  # a directory cannot be replaced in one step
+            remove(path)
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
+    except (OSError, RuntimeError, SafetensorError) as e:  # RuntimeError: torch.save's
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; nothing written before is lost: make room, then "
+                        f"start the same command again") from e
     finally:
         remove(temporary)
 

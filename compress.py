@@ -11,37 +11,26 @@ L = CE(A) + T^2 sum_t w_t KL(D || A)_t / sum_t w_t + (1 - cos of mean-pooled mes
 message makes the actor surer, so the student learns what the message is for.
 """
 import argparse
-import contextlib
-import csv
 import math
 import os
-import re
-import resource
-import shutil
 import time
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from collect import PRESETS, left_pad
-from common import Parser, UserError, atomic_path, boolean, positive, read_json, remove, run, seed_for, write_json
-from data import Conversations, global_batch, split_eval
+from common import Parser, UserError, atomic_path, boolean, positive, run, seed_for, write_json
+from data import Conversations, global_batch, read_info, split_eval
 from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
                    lm_logits, load_config, load_tokenizer, open_shards, render_turn)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from training import (SIGTERM_EXIT, accumulate, all_reduce, autocast, catch_sigterm, clean, clip_gradients, distribute,
+                      find_start, full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb,
+                      open_log, plot, prune, publish, ranks)
 
 LOSS_TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]
-# flags that may change between a run and its continuation: they move memory and files, not results
-NOT_SETTINGS = ["output_dir", "resume", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
-                "save_steps", "save_total_limit", "gradient_checkpointing", "trust_remote_code"]
 
 
 def get_args(argv):
@@ -78,6 +67,8 @@ def get_args(argv):
     g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
     g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute the actor's activations")
+    g.add_argument("--fsdp", type=boolean, default=False, help="shard parameters, gradients and Adam over the ranks")
+    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the student's layers")
     g.add_argument("--seed", type=int, default=0, help="of the order")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the student directory")
@@ -175,15 +166,17 @@ def load_teacher(path, device, trust_remote_code, gradient_checkpointing=False):
 
 @torch.no_grad()
 def evaluate(actor, student, data, prompts, positions, args, device, rank, world):
-    """Mean CE of the frozen actor over held-out rows, reading the student's messages."""
+    """Mean CE of the frozen actor over held-out rows, reading the student's messages. Every rank makes the same number
+    of passes, because under --fsdp each pass needs all ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed CE, tokens
-    mine = sorted(positions, key=lambda n: data.lengths[n])[rank::world]
-    for i in range(0, len(mine), args.per_device_eval_batch_size):
-        part = mine[i:i + args.per_device_eval_batch_size]
+    order = sorted(positions, key=lambda n: data.lengths[n])
+    for i in range(0, len(order[::world]), args.per_device_eval_batch_size):
+        part = order[rank::world][i:i + args.per_device_eval_batch_size]
         with autocast(device):
-            latents = student(*left_pad([prompts[n] for n in part], device), args.K)
-            loss, _ = actor(collate([placeholder(data, n, latents) for n in part], device) | {"latents": latents})
-        totals += torch.tensor([loss.item(), sum(data.n_labels[n] for n in part)], device=device)
+            latents = student(*left_pad([prompts[n] for n in part or order[:1]], device), args.K)
+            if part:
+                loss, _ = actor(collate([placeholder(data, n, latents) for n in part], device) | {"latents": latents})
+                totals += torch.tensor([loss.item(), sum(data.n_labels[n] for n in part)], device=device)
     loss, tokens = all_reduce(totals).tolist()
     return loss / tokens
 
@@ -196,79 +189,15 @@ def placeholder(data, n, latents):
 # ---------------------------------------------------------------------------------------------------------------------
 # loop
 
-def all_reduce(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def autocast(device):
-    """bf16 products over the student's fp32 parameters on CUDA. Nothing on CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
-
-
-def lr_scale(step, max_steps, warmup):
-    """Linear warm-up, then cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
-
-
-def last_checkpoint(directory):
-    found = [int(m[1]) for m in map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(directory)) if m]
-    return os.path.join(directory, f"checkpoint-{max(found)}") if found else None
-
-
-def plot(csv_path, png_path):
-    with open(csv_path) as f:
-        rows = list(csv.DictReader(f))
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name in ["loss", *LOSS_TERMS, "eval_loss"]:
-        points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-        if points:
-            axes.plot(*zip(*points), label=name, marker="o" if name == "eval_loss" else None, markersize=4)
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.legend()
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 def train(args):
-    # ranks, from torchrun; without it, one process
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank, world, device = ranks(args)
     if "{task}" not in args.prompt_template:
         raise UserError("--prompt_template must contain {task}")
-    if args.global_batch_size % world:
-        raise UserError(f"--global_batch_size {args.global_batch_size} must be a multiple of the {world} ranks")
-
-    # where to start: the student as given, or a checkpoint of the same run
-    checkpoint = None if args.resume in ("auto", "never") else args.resume
-    if args.resume == "auto" and os.path.isdir(args.output_dir):
-        checkpoint = last_checkpoint(args.output_dir)
-    state = {"step": 0, "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0, "stopped": False}
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    if checkpoint:
-        state = read_json(os.path.join(checkpoint, "trainer_state.json"))
-        changed = [k for k in settings if settings[k] != state["settings"].get(k)]
-        if changed:
-            raise UserError(f"{checkpoint} was trained with another {', '.join('--' + k for k in changed)}: give the same "
-                            f"flags, another --output_dir, or --resume never")
-
-    # --resume PATH into a new directory: the best model so far comes along, or is forgotten if it is gone
-    best_dir, best_source = os.path.join(args.output_dir, f"best-{state['best_step']}"), None
-    if state["best_step"] and not os.path.isdir(best_dir):
-        best_source = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), os.path.basename(best_dir))
-        if not os.path.isdir(best_source):
-            best_source = checkpoint if state["best_step"] == state["step"] else None
-        if best_source is None:
-            state |= {"best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
+    settings, state, checkpoint, best_source = find_start(args)
 
     # teacher and data, all checked before a model is loaded
     teacher_config = load_config(args.teacher_model_name_or_path, args.trust_remote_code)
-    info_path = os.path.join(args.teacher_model_name_or_path, "latent_adapter.json")
-    info = read_json(info_path) if os.path.exists(info_path) else {}
+    info = read_info(args.teacher_model_name_or_path)
     if info.get("message") != "latent":
         raise UserError(f"{args.teacher_model_name_or_path} has no adapter: the teacher must be an actor that "
                         f"train_actor.py wrote with --message latent")
@@ -297,7 +226,7 @@ def train(args):
     # B's prompt has no announcement and no markers: what an actor sees to whom nobody has said anything
     silent = [encode_conversation(teacher_tokenizer, messages, None, data.path) for messages in data.messages]
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)
-    if state["stopped"] and os.path.exists(os.path.join(args.output_dir, "trainer_state.json")):  # written last of all
+    if is_finished(args, state):
         if rank == 0:
             print(f"{args.output_dir} is finished ({state['step']} steps); --resume never trains it again")
         return
@@ -305,14 +234,10 @@ def train(args):
     # models: the student in fp32, the actor frozen
     torch.manual_seed(args.seed)
     actor = load_teacher(args.teacher_model_name_or_path, device, args.trust_remote_code, args.gradient_checkpointing)
-    student = LatentSender.load(source, "fp32", device, args.trust_remote_code)
+    student = LatentSender.load(source, "fp32", "cpu", args.trust_remote_code)
     if not config.tie_word_embeddings:
         student.lm.get_output_embeddings().requires_grad_(False)  # a student that never writes has no use for its head
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-    model = DDP(student, device_ids=[local] if device.startswith("cuda") else None) if world > 1 else student
+    model = distribute(student, args, world, device)
 
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([
@@ -320,28 +245,13 @@ def train(args):
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
         lr=args.learning_rate, betas=(0.9, args.adam_beta2))
     if checkpoint:
-        optimizer.load_state_dict(torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True,
-                                             map_location=device))
+        load_optimizer(student, optimizer, checkpoint)
 
     # files
     csv_path = os.path.join(args.output_dir, "loss_log.csv")
     if rank == 0:
-        os.makedirs(args.output_dir, exist_ok=True)
-        for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
-            if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
-                remove(os.path.join(args.output_dir, name))
-        if best_source:
-            with atomic_path(best_dir) as temporary:
-                shutil.copytree(best_source, temporary, ignore=shutil.ignore_patterns("optimizer.pt", "trainer_state.json"))
-        kept = []
-        if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
-            with open(csv_path) as f:
-                kept = [r for r in csv.DictReader(f) if int(r["step"]) <= state["step"]]
-        with atomic_path(csv_path) as temporary, open(temporary, "w", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writeheader()
-            csv.DictWriter(f, COLUMNS).writerows(kept)
-        log = open(csv_path, "a", newline="")
-        writer = csv.DictWriter(log, COLUMNS)
+        clean(args, checkpoint, best_source, state["best_step"])
+        log, writer = open_log(csv_path, COLUMNS, state["step"])
         rows = sum(data.message_rows[n] for n in train_rows) / len(train_rows)
         print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of {args.global_batch_size} "
               f"on {world} x {device.split(':')[0]}: {rows:.1f} rows per message become {args.K}"
@@ -349,19 +259,21 @@ def train(args):
         if not checkpoint:
             print(f"first prompt of the student: {tokenizer.decode(prompts[train_rows[0]])}")
 
-    def save(directory, resumable):
-        with atomic_path(directory) as temporary:
-            student.lm.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            save_file(student.bridge_state(), os.path.join(temporary, "latent_bridge.safetensors"))
-            write_json(os.path.join(temporary, "latent_bridge.json"), {"K": args.K, "prompt_template": args.prompt_template})
-            if resumable:
-                torch.save(optimizer.state_dict(), os.path.join(temporary, "optimizer.pt"))
-                write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
+    def save(name, resumable):
+        weights = full_state(student)
+        optimizer_state = full_optimizer_state(student, optimizer) if resumable else None
+        if rank == 0:
+            with atomic_path(os.path.join(args.output_dir, name)) as temporary:
+                student.save(temporary, weights)
+                tokenizer.save_pretrained(temporary)
+                write_json(os.path.join(temporary, "latent_bridge.json"), {"K": args.K, "prompt_template": args.prompt_template})
+                if resumable:
+                    torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
+                    write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
 
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = tqdm(total=max_steps, initial=state["step"], desc="compress", unit="step", disable=rank > 0 or None)
-    clock, seen_tokens = time.perf_counter(), 0
+    clock, seen_tokens, sigterm = time.perf_counter(), 0, catch_sigterm()
     for step in range(state["step"], state["step"] if state["stopped"] else max_steps):
         # this rank's share of the global batch: every world-th sample by length, so that the ranks' work is equal
         samples = [train_rows[p] for _, p in global_batch(step, len(train_rows), args.global_batch_size, args.seed)]
@@ -369,21 +281,21 @@ def train(args):
         mine = sorted(samples, key=lambda n: data.lengths[n])[rank::world]
         micro = [mine[i:i + args.per_device_train_batch_size] for i in range(0, len(mine), args.per_device_train_batch_size)]
         torch.manual_seed(seed_for("dropout", args.seed, step, rank))  # a restart needs no saved RNG state
-        sums = torch.zeros(1 + len(LOSS_TERMS), dtype=torch.float64, device=device)
+        sums = torch.zeros(2 + len(LOSS_TERMS), dtype=torch.float64, device=device)
         for m, part in enumerate(micro):
-            # gradients are summed over ranks once, in the last backward pass of the step
-            with model.no_sync() if world > 1 and m < len(micro) - 1 else contextlib.nullcontext():
+            with accumulate(model, last=m + 1 == len(micro)):
                 with autocast(device):
                     latents = model(*left_pad([prompts[n] for n in part], device), args.K)  # (B, K, d_s)
                     loss, terms = compression_loss(
                         actor, latents, rows=[placeholder(data, n, latents) for n in part],
                         data_rows=[data.row(n, "latent") for n in part],  # every row of it; the released code keeps K
                         none_rows=[assemble(*silent[n]) for n in part], n_labels=n_labels, n_samples=len(samples), args=args)
-                (loss * world).backward()  # DDP averages over ranks
-            sums += torch.cat([loss.detach()[None], terms])
+                (loss * world).backward()  # ranks are averaged
+            sums[1:] += torch.cat([loss.detach()[None], terms])
             seen_tokens += sum(len(prompts[n]) + args.K for n in part)
-        loss, *terms = all_reduce(sums).tolist()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+        sums[0] = len(sigterm)
+        preempted, loss, *terms = all_reduce(sums).tolist()
+        grad_norm = clip_gradients(trained, args.max_grad_norm)
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
                             f"{', '.join(data.ids[n] for n in samples)}. Lower --learning_rate, or look at their messages")
@@ -403,60 +315,41 @@ def train(args):
             state["bad_evals"] = 0 if best else state["bad_evals"] + 1
             if best:
                 state |= {"best_step": step + 1, "best_eval_loss": record["eval_loss"]}
-                if rank == 0:
-                    remove(os.path.join(args.output_dir, f"best-{step + 1}"))
-                    save(os.path.join(args.output_dir, f"best-{step + 1}"), resumable=False)
+                save(f"best-{step + 1}", resumable=False)
             last = last or 0 < args.early_stopping_patience <= state["bad_evals"]
         state["stopped"] = last
         elapsed = time.perf_counter() - clock
         if rank == 0:
-            memory = (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
-                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-            record |= {"tokens_per_s": round(seen_tokens * world / elapsed), "memory_gb": round(memory, 2)}
+            record |= {"tokens_per_s": round(seen_tokens * world / elapsed), "memory_gb": round(memory_gb(device), 2)}
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()})
             log.flush()
             if (step + 1) % args.logging_steps == 0 or "eval_loss" in record:
                 bar.write(f"step {step + 1}/{max_steps} " + " ".join(
                     f"{k} {v:.4g}" for k, v in record.items() if k not in ("step", "epoch")))
-        if (step + 1) % args.save_steps == 0 or last:
+        if (step + 1) % args.save_steps == 0 or last or preempted:
+            save(f"checkpoint-{step + 1}", resumable=True)
             if rank == 0:
-                save(os.path.join(args.output_dir, f"checkpoint-{step + 1}"), resumable=True)
                 prune(args.output_dir, args.save_total_limit, state["best_step"])
-            if world > 1:
-                dist.barrier()
         clock, seen_tokens = time.perf_counter(), 0
         bar.update()
         if last:
             break
+        if preempted:
+            if rank == 0:
+                bar.write(f"SIGTERM: wrote {args.output_dir}/checkpoint-{step + 1}; the same command continues from it")
+            raise SystemExit(SIGTERM_EXIT)
     bar.close()
 
     # the output directory itself is the best model, or the last where nothing was held out
     if rank == 0:
         log.close()
-        plot(csv_path, os.path.join(args.output_dir, "loss_curve.png"))
-        final = os.path.join(args.output_dir, f"{'best' if state['best_step'] else 'checkpoint'}-"
-                                              f"{state['best_step'] or state['step']}")
-        for name in sorted(os.listdir(final)):
-            if name not in ("optimizer.pt", "trainer_state.json"):
-                with atomic_path(os.path.join(args.output_dir, name)) as temporary:
-                    shutil.copy(os.path.join(final, name), temporary)
-        write_json(os.path.join(args.output_dir, "trainer_state.json"), {**state, "settings": settings})
-        best = f", best eval loss {state['best_eval_loss']:.4f} at step {state['best_step']}" if state["best_step"] else ""
-        print(f"wrote the student of {os.path.basename(final)} to {args.output_dir}{best}, with loss_log.csv and "
+        plot(csv_path, os.path.join(args.output_dir, "loss_curve.png"), ["loss", *LOSS_TERMS, "eval_loss"], "loss")
+        print(f"wrote the student of {publish(args, state, settings)} to {args.output_dir}, with loss_log.csv and "
               f"loss_curve.png; next: python eval_alfworld.py --model_path {args.teacher_model_name_or_path} --sender "
               f"{args.output_dir} --latent_steps {args.K} …")
-    if world > 1:
+    if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
-
-
-def prune(directory, limit, best_step):
-    """Keep the newest `limit` checkpoints and the best model. Only after a new checkpoint is on disk."""
-    steps = sorted(int(m[1]) for m in map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(directory)) if m)
-    for old in steps[:-limit]:
-        remove(os.path.join(directory, f"checkpoint-{old}"))
-    for name in os.listdir(directory):
-        if re.fullmatch(r"best-\d+", name) and name != f"best-{best_step}":
-            remove(os.path.join(directory, name))
 
 
 def main(argv=None):

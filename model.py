@@ -402,13 +402,14 @@ class LatentActor(nn.Module):
 
         return head_loss(self.lm, hidden_states, loss_fn)
 
-    def save(self, directory):
-        """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json."""
-        self.lm.save_pretrained(directory)
+    def save(self, directory, state_dict=None):
+        """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json. `state_dict` is
+        given where the parameters themselves are split over ranks."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
         self.tokenizer.save_pretrained(directory)
         if self.adapter is not None:  # s and g are parameters, so their learned values are saved, not the initial ones
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.adapter.state_dict().items()},
-                      os.path.join(directory, "latent_adapter.safetensors"))
+            save_file(part_of(state_dict, "adapter."), os.path.join(directory, "latent_adapter.safetensors"))
         write_json(os.path.join(directory, "latent_adapter.json"), self.info)
 
     @classmethod
@@ -426,6 +427,11 @@ class LatentActor(nn.Module):
                 raise UserError(f"{directory}/latent_adapter.safetensors does not fit latent_adapter.json: {e}") from None
             adapter.to(lm.dtype)
         return cls(lm, tokenizer, adapter, info).to(device).eval()
+
+
+def part_of(state_dict, prefix):
+    """The tensors of one submodule, under its own names, on the CPU."""
+    return {k[len(prefix):]: v.cpu().contiguous() for k, v in state_dict.items() if k.startswith(prefix)}
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -504,8 +510,12 @@ class LatentSender(nn.Module):
             attention_mask, position_ids = F.pad(attention_mask, (0, 1), value=1), position_ids[:, -1:] + 1
         return torch.cat(latents, dim=1)
 
-    def bridge_state(self):
-        return {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("lm.")}
+    def save(self, directory, state_dict=None):
+        """The student directory: what save_pretrained writes, plus latent_bridge.safetensors."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
+        save_file({k: v for k, v in part_of(state_dict, "").items() if not k.startswith("lm.")},
+                  os.path.join(directory, "latent_bridge.safetensors"))
 
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):

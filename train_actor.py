@@ -9,36 +9,26 @@ Stage 2: the actor learns to read messages: L = L_task + w_sep L_sep + w_align L
 the same flags, continues from its last checkpoint as if nothing had happened, on any number of GPUs.
 """
 import argparse
-import contextlib
-import csv
 import math
 import os
-import re
-import resource
-import shutil
 import time
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from common import Parser, UserError, atomic_path, boolean, positive, read_json, remove, run, seed_for, write_json
+from common import Parser, UserError, atomic_path, boolean, positive, run, seed_for, write_json
 from data import Conversations, global_batch, split_eval
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
-                   collate, embedding_rms, head_loss, init_markers, load_config, load_lm, load_tokenizer, open_shards)
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+                   collate, embedding_rms, init_markers, load_config, load_lm, load_tokenizer, open_shards)
+from training import (SIGTERM_EXIT, accumulate, all_reduce, autocast, catch_sigterm, clean, clip_gradients, distribute,
+                      find_start, full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb,
+                      open_log, plot, prune, publish, ranks)
 
 LOSS_TERMS = ["task", "align", "kl", "cosine", "sep"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",
            "infonce_bound", "tokens_per_s", "memory_gb"]
-# flags that may change between a run and its continuation: they move memory and files, not results
-NOT_SETTINGS = ["output_dir", "resume", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
-                "save_steps", "save_total_limit", "gradient_checkpointing", "trust_remote_code"]
 
 
 def get_args(argv):
@@ -84,6 +74,8 @@ def get_args(argv):
     g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
     g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute activations: less memory")
+    g.add_argument("--fsdp", type=boolean, default=False, help="shard parameters, gradients and Adam over the ranks")
+    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the LM's layers")
     g.add_argument("--seed", type=int, default=0, help="of order, curriculum, negatives, adapter and dropout")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the actor directory")
@@ -117,25 +109,19 @@ def describe_row(tokenizer, row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-def all_reduce(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
+# evaluation; every rank makes the same number of passes, because under --fsdp each pass needs all ranks
 
 @torch.no_grad()
 def evaluate(actor, data, positions, args, device, rank, world):
     """Mean CE over the supervised tokens of held-out rows, always with the whole latent message (r = 0)."""
     actor.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed CE, tokens
-    mine = sorted(positions, key=lambda n: data.lengths[n])[rank::world]
-    for i in range(0, len(mine), args.per_device_eval_batch_size):
-        part = mine[i:i + args.per_device_eval_batch_size]
+    order = sorted(positions, key=lambda n: data.lengths[n])
+    for i in range(0, len(order[::world]), args.per_device_eval_batch_size):
+        part = order[rank::world][i:i + args.per_device_eval_batch_size]
         with autocast(device):
-            loss, _ = actor(collate([data.row(n, args.message) for n in part], device))
-        totals += torch.tensor([loss.item(), sum(data.n_labels[n] for n in part)], device=device)
+            loss, _ = actor(collate([data.row(n, args.message) for n in part or order[:1]], device))
+        totals += torch.tensor([loss.item() if part else 0, sum(data.n_labels[n] for n in part)], device=device)
     actor.train()
     loss, tokens = all_reduce(totals).tolist()
     return loss / tokens
@@ -146,21 +132,15 @@ def infonce_probe(actor, data, positions, args, device, rank, world):
     """Does a message say which sample it belongs to? Scores K messages on K samples by -CE -> (InfoNCE loss, bound
     log K - loss in nats): a lower bound on the mutual information of message and behaviour."""
     actor.eval()
-    K = min(args.infonce_probe_size, len(positions))
-    chosen = positions[:K]
+    chosen = positions[:args.infonce_probe_size]
+    K = len(chosen)
     scores = torch.zeros(K, K, device=device)
-    for i in range(rank, K, world):
-        batch = collate([data.row(chosen[i], args.message, source=j) for j in chosen], device)
+    for pair in range(rank, math.ceil(K * K / world) * world, world):
+        i, j = divmod(pair % (K * K), K)  # sample i reads the message of sample j
         with autocast(device):
-            hidden_states, labels = actor.states(batch)
-            owner = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]  # (N,) which message a position read
-
-            def loss_fn(logits, part):
-                ce = F.cross_entropy(logits, labels[part], reduction="none")
-                return ce.sum(), torch.zeros(K, device=device).index_add(0, owner[part], ce)
-
-            _, ce = head_loss(actor.lm, hidden_states, loss_fn)
-        scores[i] = -ce / data.n_labels[chosen[i]]
+            loss, _ = actor(collate([data.row(chosen[i], args.message, source=chosen[j])], device))
+        if pair < K * K:
+            scores[i, j] = -loss / data.n_labels[chosen[i]]
     actor.train()
     loss = F.cross_entropy(all_reduce(scores), torch.arange(K, device=device)).item()
     return loss, math.log(K) - loss
@@ -169,66 +149,9 @@ def infonce_probe(actor, data, positions, args, device, rank, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # loop
 
-def autocast(device):
-    """bf16 products over fp32 parameters on CUDA: a step of 1e-5 is lost in bf16 parameters. Nothing on CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
-
-
-def lr_scale(step, max_steps, warmup):
-    """Linear warm-up, then cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
-
-
-def last_checkpoint(directory):
-    found = [int(m[1]) for m in map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(directory)) if m]
-    return os.path.join(directory, f"checkpoint-{max(found)}") if found else None
-
-
-def plot(csv_path, png_path):
-    with open(csv_path) as f:
-        rows = list(csv.DictReader(f))
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for name in ["loss", "task", "align", "sep", "eval_loss"]:
-        points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-        if any(y for _, y in points):
-            axes.plot(*zip(*points), label=name, marker="o" if name == "eval_loss" else None, markersize=4)
-    axes.set(xlabel="step", ylabel="nats per supervised token", ylim=(0, None))
-    axes.legend()
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 def train(args):
-    # ranks, from torchrun; without it, one process
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if args.global_batch_size % world:
-        raise UserError(f"--global_batch_size {args.global_batch_size} must be a multiple of the {world} ranks")
-
-    # where to start: nothing, or a checkpoint of the same run
-    checkpoint = None if args.resume in ("auto", "never") else args.resume
-    if args.resume == "auto" and os.path.isdir(args.output_dir):
-        checkpoint = last_checkpoint(args.output_dir)
-    state = {"step": 0, "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0, "stopped": False, "last": {}}
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    if checkpoint:
-        state = read_json(os.path.join(checkpoint, "trainer_state.json"))
-        changed = [k for k in settings if settings[k] != state["settings"].get(k)]
-        if changed:
-            raise UserError(f"{checkpoint} was trained with another {', '.join('--' + k for k in changed)}: give the same "
-                            f"flags, another --output_dir, or --resume never")
-
-    # --resume PATH into a new directory: the best model so far comes along, or is forgotten if it is gone
-    best_dir, best_source = os.path.join(args.output_dir, f"best-{state['best_step']}"), None
-    if state["best_step"] and not os.path.isdir(best_dir):
-        best_source = os.path.join(os.path.dirname(os.path.abspath(checkpoint)), os.path.basename(best_dir))
-        if not os.path.isdir(best_source):
-            best_source = checkpoint if state["best_step"] == state["step"] else None
-        if best_source is None:
-            state |= {"best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
+    rank, world, device = ranks(args)
+    settings, state, checkpoint, best_source = find_start(args)
 
     # data, all checked before a model is loaded
     source = checkpoint or args.model_name_or_path
@@ -252,7 +175,7 @@ def train(args):
         raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: add rows "
                         f"or set --random_contrast_weight 0")
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)
-    if state["stopped"] and os.path.exists(os.path.join(args.output_dir, "trainer_state.json")):  # written last of all
+    if is_finished(args, state):
         if rank == 0:
             print(f"{args.output_dir} is finished ({state['step']} steps); --resume never trains it again")
         return
@@ -260,7 +183,7 @@ def train(args):
     # model: fp32 parameters; the adapter starts as loud as the actor's words
     torch.manual_seed(args.seed)
     if checkpoint:
-        actor = LatentActor.load(checkpoint, "fp32", device, args.trust_remote_code)
+        actor = LatentActor.load(checkpoint, "fp32", "cpu", args.trust_remote_code)
     else:
         lm, adapter = load_lm(args.model_name_or_path, "fp32", args.trust_remote_code), None
         init_markers(lm, new_ids)
@@ -274,17 +197,13 @@ def train(args):
             if rank == 0:
                 print(f"adapter {data.width} -> {config.hidden_size}: s = {args.adapter_scale}, g = {g:.3f} (the actor's token "
                       f"embeddings have RMS {rms:.3f})")
-        actor = LatentActor(lm, tokenizer, adapter, info).to(device)
+        actor = LatentActor(lm, tokenizer, adapter, info)
     if latent:
         actor.adapter.attention.dropout = args.adapter_dropout
     if args.gradient_checkpointing:
         actor.lm.activation_checkpointing_enable()
     actor.train()
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-    model = DDP(actor, device_ids=[local] if device.startswith("cuda") else None) if world > 1 else actor
+    model = distribute(actor, args, world, device)
 
     matrices, vectors = ([p for p in actor.lm.parameters() if (p.dim() > 1) == m] for m in (True, False))
     adapter_lr = args.adapter_learning_rate or args.learning_rate
@@ -295,43 +214,31 @@ def train(args):
     peaks = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
     if checkpoint:
-        optimizer.load_state_dict(torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True,
-                                             map_location=device))
+        load_optimizer(actor, optimizer, checkpoint)
 
     # files
     csv_path = os.path.join(args.output_dir, "loss_log.csv")
     if rank == 0:
-        os.makedirs(args.output_dir, exist_ok=True)
-        for name in os.listdir(args.output_dir):  # half-written files of a killed run, all of an old run with `never`
-            if ".tmp" in name or (not checkpoint and re.fullmatch(r"(checkpoint|best)-\d+|trainer_state.json", name)):
-                remove(os.path.join(args.output_dir, name))
-        if best_source:
-            with atomic_path(best_dir) as temporary:
-                shutil.copytree(best_source, temporary, ignore=shutil.ignore_patterns("optimizer.pt", "trainer_state.json"))
-        kept = []
-        if checkpoint and os.path.exists(csv_path):  # steps after the checkpoint are run, and logged, again
-            with open(csv_path) as f:
-                kept = [r for r in csv.DictReader(f) if int(r["step"]) <= state["step"]]
-        with atomic_path(csv_path) as temporary, open(temporary, "w", newline="") as f:
-            csv.DictWriter(f, COLUMNS).writeheader()
-            csv.DictWriter(f, COLUMNS).writerows(kept)
-        log = open(csv_path, "a", newline="")
-        writer = csv.DictWriter(log, COLUMNS)
+        clean(args, checkpoint, best_source, state["best_step"])
+        log, writer = open_log(csv_path, COLUMNS, state["step"])
         print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of {args.global_batch_size} "
               f"on {world} x {device.split(':')[0]}" + (f", continuing at step {state['step']}" if checkpoint else ""))
         if not checkpoint:
             print("first row: " + describe_row(tokenizer, data.row(train_rows[0], args.message)))
 
-    def save(directory, resumable):
-        with atomic_path(directory) as temporary:
-            actor.save(temporary)
-            if resumable:
-                torch.save(optimizer.state_dict(), os.path.join(temporary, "optimizer.pt"))
-                write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
+    def save(name, resumable):
+        weights = full_state(actor)
+        optimizer_state = full_optimizer_state(actor, optimizer) if resumable else None
+        if rank == 0:
+            with atomic_path(os.path.join(args.output_dir, name)) as temporary:
+                actor.save(temporary, weights)
+                if resumable:
+                    torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
+                    write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
 
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = tqdm(total=max_steps, initial=state["step"], desc="train", unit="step", disable=rank > 0 or None)
-    clock, seen_tokens = time.perf_counter(), 0
+    clock, seen_tokens, sigterm = time.perf_counter(), 0, catch_sigterm()
     for step in range(state["step"], state["step"] if state["stopped"] else max_steps):
         # this rank's share of the global batch: every world-th sample by length, so that the ranks' work is equal
         samples = global_batch(step, len(train_rows), args.global_batch_size, args.seed)  # [(draw, position)]
@@ -344,7 +251,7 @@ def train(args):
             w_align = adaptive_weight(w_align, state["last"]["align"], 1.0)
             w_sep = adaptive_weight(w_sep, state["last"]["sep"], math.log(2))
         torch.manual_seed(seed_for("dropout", args.seed, step, rank))  # a restart needs no saved RNG state
-        sums = torch.zeros(1 + len(LOSS_TERMS), dtype=torch.float64, device=device)
+        sums = torch.zeros(2 + len(LOSS_TERMS), dtype=torch.float64, device=device)
         for m, part in enumerate(micro):
             rows, plan_rows, other_rows = [], [], []
             for k, position in part:
@@ -358,14 +265,14 @@ def train(args):
                     other_rows.append(data.row(n, "latent", tenths, source=other))
             batch, plan_batch, other_batch = (collate(r, device) if r else None for r in (rows, plan_rows, other_rows))
             seen_tokens += int(batch["attention_mask"].sum())
-            # gradients are summed over ranks once, in the last backward pass of the step
-            with model.no_sync() if world > 1 and m < len(micro) - 1 else contextlib.nullcontext():
+            with accumulate(model, last=m + 1 == len(micro)):
                 with autocast(device):
                     loss, terms = model(batch, plan_batch, other_batch, w_align, w_sep)
-                (loss * world / n_labels).backward()  # DDP averages over ranks: the mean over the global batch's labels
-            sums += torch.cat([loss.detach()[None], terms]) / n_labels
-        loss, *terms = all_reduce(sums).tolist()
-        grad_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm).item()
+                (loss * world / n_labels).backward()  # ranks are averaged: the mean over the global batch's labels
+            sums[1:] += torch.cat([loss.detach()[None], terms]) / n_labels
+        sums[0] = len(sigterm)
+        preempted, loss, *terms = all_reduce(sums).tolist()
+        grad_norm = clip_gradients(actor.parameters(), args.max_grad_norm)
         if not math.isfinite(loss + grad_norm):
             raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
                             f"{', '.join(data.ids[train_rows[p]] for _, p in samples)}. Lower --learning_rate, or look at their messages")
@@ -390,59 +297,41 @@ def train(args):
             state["bad_evals"] = 0 if best else state["bad_evals"] + 1
             if best:
                 state |= {"best_step": step + 1, "best_eval_loss": record["eval_loss"]}
-                if rank == 0:
-                    remove(os.path.join(args.output_dir, f"best-{step + 1}"))
-                    save(os.path.join(args.output_dir, f"best-{step + 1}"), resumable=False)
+                save(f"best-{step + 1}", resumable=False)
             last = last or 0 < args.early_stopping_patience <= state["bad_evals"]
         state["stopped"] = last
         elapsed = time.perf_counter() - clock
         if rank == 0:
-            memory = (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
-                      else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-            record |= {"tokens_per_s": round(seen_tokens * world / elapsed), "memory_gb": round(memory, 2)}
+            record |= {"tokens_per_s": round(seen_tokens * world / elapsed), "memory_gb": round(memory_gb(device), 2)}
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in record.items()})
             log.flush()
             if (step + 1) % args.logging_steps == 0 or "eval_loss" in record or "infonce" in record:
                 bar.write(f"step {step + 1}/{max_steps} " + " ".join(
                     f"{k} {v:.4g}" for k, v in record.items() if k not in ("step", "kl", "cosine", "epoch")))
-        if (step + 1) % args.save_steps == 0 or last:
+        if (step + 1) % args.save_steps == 0 or last or preempted:
+            save(f"checkpoint-{step + 1}", resumable=True)
             if rank == 0:
-                save(os.path.join(args.output_dir, f"checkpoint-{step + 1}"), resumable=True)
                 prune(args.output_dir, args.save_total_limit, state["best_step"])
-            if world > 1:
-                dist.barrier()
         clock, seen_tokens = time.perf_counter(), 0
         bar.update()
         if last:
             break
+        if preempted:
+            if rank == 0:
+                bar.write(f"SIGTERM: wrote {args.output_dir}/checkpoint-{step + 1}; the same command continues from it")
+            raise SystemExit(SIGTERM_EXIT)
     bar.close()
 
     # the output directory itself is the best model, or the last where nothing was held out
     if rank == 0:
         log.close()
-        plot(csv_path, os.path.join(args.output_dir, "loss_curve.png"))
-        final = os.path.join(args.output_dir, f"{'best' if state['best_step'] else 'checkpoint'}-"
-                                              f"{state['best_step'] or state['step']}")
-        for name in sorted(os.listdir(final)):
-            if name not in ("optimizer.pt", "trainer_state.json"):
-                with atomic_path(os.path.join(args.output_dir, name)) as temporary:
-                    shutil.copy(os.path.join(final, name), temporary)
-        write_json(os.path.join(args.output_dir, "trainer_state.json"), {**state, "settings": settings})
-        best = f", best eval loss {state['best_eval_loss']:.4f} at step {state['best_step']}" if state["best_step"] else ""
-        print(f"wrote the actor of {os.path.basename(final)} to {args.output_dir}{best}, with loss_log.csv and "
+        plot(csv_path, os.path.join(args.output_dir, "loss_curve.png"), ["loss", "task", "align", "sep", "eval_loss"],
+             "nats per supervised token")
+        print(f"wrote the actor of {publish(args, state, settings)} to {args.output_dir}, with loss_log.csv and "
               f"loss_curve.png; next: python eval_alfworld.py --model_path {args.output_dir} …")
-    if world > 1:
+    if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
-
-
-def prune(directory, limit, best_step):
-    """Keep the newest `limit` checkpoints and the best model. Only after a new checkpoint is on disk."""
-    steps = sorted(int(m[1]) for m in map(re.compile(r"checkpoint-(\d+)").fullmatch, os.listdir(directory)) if m)
-    for old in steps[:-limit]:
-        remove(os.path.join(directory, f"checkpoint-{old}"))
-    for name in os.listdir(directory):
-        if re.fullmatch(r"best-\d+", name) and name != f"best-{best_step}":
-            remove(os.path.join(directory, name))
 
 
 def main(argv=None):

@@ -340,7 +340,7 @@ def uninterrupted(world, tmp_path_factory):
 
 @pytest.mark.parametrize("target, name, call", [
     (torch.optim.AdamW, "step", 2), (torch.optim.AdamW, "step", 6), (torch, "save", 2), (compress, "plot", 1),
-    (compress, "evaluate", 2), (compress, "save_file", 4)])
+    (compress, "evaluate", 2), (LatentSender, "save", 4)])
 def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, tmp_path, monkeypatch, target, name, call):
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
@@ -354,7 +354,8 @@ def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, tmp_path, mo
     checkpoint = "checkpoint-6"
     assert same_weights(out, uninterrupted) and same_weights(out / checkpoint, os.path.join(uninterrupted, checkpoint))
     a, b = (torch.load(os.path.join(d, checkpoint, "optimizer.pt")) for d in (out, uninterrupted))
-    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys() and a["state"]
+    assert json.dumps(a["param_groups"]) == json.dumps(b["param_groups"])  # a tuple of betas comes back as a list
+    assert a["state"].keys() == b["state"].keys() and a["state"]
     assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
     for x, y in zip(log(out), log(uninterrupted), strict=True):
         assert {k: v for k, v in x.items() if k not in TIMING} == {k: v for k, v in y.items() if k not in TIMING}
