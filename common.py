@@ -11,14 +11,19 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that says what was expected and found. Scripts exit with code 2."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # one line, whatever was found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +63,31 @@ def run(parser, function, args):
     try:
         return function(args)
     except (UserError, OSError) as e:  # OSError: no permission, a full disk, too many files, ... it names the file
-        parser.exit(2, f"{parser.prog}: error: {e}\n")
+        code, message = 2, f"error: {e}"
     except RuntimeError as e:
         if "losed by peer" not in str(e) and "reset by peer" not in str(e):
             raise
-        parser.exit(1, f"{parser.prog}: rank {os.environ.get('RANK')} stops because another rank did; see its message\n")
+        code, message = 1, f"rank {os.environ.get('RANK')} stops because another rank did; see its message"
     finally:
         signal.signal(signal.SIGTERM, handler)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the message would stand behind it
+    parser.exit(code, f"{parser.prog}: {message}\n")
+
+
+def is_text(value):
+    """True for a str that has a UTF-8 form: JSON can hold half of a surrogate pair, which no tokenizer reads."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+
+
+def catch_sigterm():
+    """How clusters preempt -> a list that is no longer empty once SIGTERM came; `run` puts the old handler back."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +109,10 @@ def atomic_path(path):
             remove(path)
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
-    except (OSError, RuntimeError, SafetensorError) as e:  # RuntimeError: torch.save's
+    except Exception as e:
+        # a full disk speaks differently through each library: tokenizers raise an Exception, torch.save a RuntimeError
+        if not isinstance(e, (OSError, SafetensorError)) and not re.search("os error|PytorchStream|unexpected pos", str(e)):
+            raise
         raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; nothing written before is lost: make room, then "
                         f"start the same command again") from e
     finally:

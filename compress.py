@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from collect import PRESETS, left_pad
-from common import Parser, UserError, atomic_path, boolean, positive, run, seed_for, write_json
+from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, positive, run, seed_for,
+                    write_json)
 from data import Conversations, global_batch, read_info, split_eval
 from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
                    lm_logits, load_config, load_tokenizer, open_shards, render_turn)
-from training import (SIGTERM_EXIT, accumulate, all_reduce, autocast, catch_sigterm, clean, clip_gradients, distribute,
-                      find_start, full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb,
-                      open_log, plot, prune, publish, ranks)
+from training import (accumulate, all_reduce, autocast, clean, clip_gradients, distribute, find_start,
+                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot,
+                      prune, publish, ranks)
 
 LOSS_TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]

@@ -13,6 +13,8 @@ end of the first human turn, and then acts. Read in this order:
     6. sender       the student that says it in K latent steps
     7. messages     perturbations of H, and latent shards on disk
 """
+import contextlib
+import gc
 import json
 import math
 import os
@@ -27,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
-from common import UserError, atomic_path, read_json, seed_for, write_json
+from common import UserError, atomic_path, is_text, read_json, seed_for, write_json
 
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
 
@@ -49,7 +51,8 @@ def to_messages(conversations, task_turn=0, where="conversation"):
         raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
     messages = []
     for turn in conversations:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(turn, dict) or not is_text(turn.get("value")) or not (
+                isinstance(turn.get("from"), str) and turn["from"] in ROLES):
             raise UserError(f"{where}: each turn needs 'from' (one of {', '.join(ROLES)}) and a text 'value', "
                             f"found {str(turn)[:80]}")
         # many templates trim, so everything is trimmed: training and evaluation then agree under any template
@@ -167,8 +170,8 @@ class AdaptiveProjection(nn.Module):
 
     def __init__(self, dim, scale=0.2, output_scale=0.1):
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
-        self.output_scale = nn.Parameter(torch.tensor(float(output_scale)))
+        self.scale = nn.Parameter(torch.tensor([float(scale)]))  # (1,): FSDP shards no 0-d tensors
+        self.output_scale = nn.Parameter(torch.tensor([float(output_scale)]))
         self.fc_in, self.norm, self.fc_out = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, dim)
         nn.init.normal_(self.fc_in.weight, std=0.02)
         nn.init.xavier_uniform_(self.fc_out.weight, gain=0.01)  # starts next to the identity
@@ -364,7 +367,8 @@ class LatentActor(nn.Module):
         """A batch of `collate` -> inputs_embeds (B, T, D), latents in their places."""
         inputs_embeds = self.lm.get_input_embeddings()(batch["input_ids"])
         if "latents" in batch:
-            message = self.adapter(batch["latents"], batch["latents_mask"])[batch["keep_mask"]]  # (rows, D)
+            latents = batch["latents"].to(next(self.adapter.parameters()).dtype)  # bf16 in an evaluation
+            message = self.adapter(latents, batch["latents_mask"])[batch["keep_mask"]]  # (rows, D)
             inputs_embeds = inputs_embeds.masked_scatter(batch["message_mask"].unsqueeze(-1),
                                                          message.to(inputs_embeds.dtype))
         return inputs_embeds
@@ -588,11 +592,23 @@ def write_shard(path, latents, records, sender):
                   metadata={"records": json.dumps(records), "sender": json.dumps(sender)})
 
 
+@contextlib.contextmanager
+def paused_gc():
+    """The collector would walk all records again at every few thousand new ones: three times the time for a million."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable() if enabled else None
+
+
 class LatentShards:
     """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one row, (L, d_s).
 
     Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a missing id."""
 
+    @paused_gc()
     def __init__(self, directory):
         self.directory, self.sender, self.shard_of, self.records, self.lengths, self.open = directory, None, {}, {}, {}, {}
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
@@ -624,6 +640,9 @@ class LatentShards:
             end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
             if os.path.getsize(path) != 8 + size + end or not header.keys() - {"__metadata__"} <= records.keys():
                 raise ValueError
+            if not all(isinstance(r["task"] + r["plan"], str) and isinstance(r["plan_token_ids"], list)
+                       for r in records.values()):
+                raise ValueError
             sender["hidden_size"]
             return header, records, sender
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError):
@@ -645,9 +664,12 @@ class LatentShards:
         if task_id not in self.shard_of:
             raise UserError(f"{self.directory} has no message for id {task_id}: run collect.py on this task first")
         path = self.shard_of[task_id]
-        if path not in self.open:
-            self.open[path] = safe_open(path, framework="pt")
-        latents = self.open[path].get_tensor(task_id)
+        try:
+            if path not in self.open:
+                self.open[path] = safe_open(path, framework="pt")
+            latents = self.open[path].get_tensor(task_id)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path}: id {task_id} cannot be read: {e}: delete the shard and collect again") from None
         if not torch.isfinite(latents).all():
             raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect again, "
                             f"in bf16 or fp32 if the sender overflows fp16")

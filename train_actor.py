@@ -18,13 +18,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Parser, UserError, atomic_path, boolean, positive, run, seed_for, write_json
+from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, positive, run, seed_for,
+                    write_json)
 from data import Conversations, global_batch, split_eval
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
                    collate, embedding_rms, init_markers, load_config, load_lm, load_tokenizer, open_shards)
-from training import (SIGTERM_EXIT, accumulate, all_reduce, autocast, catch_sigterm, clean, clip_gradients, distribute,
-                      find_start, full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb,
-                      open_log, plot, prune, publish, ranks)
+from training import (accumulate, all_reduce, autocast, clean, clip_gradients, distribute, find_start,
+                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot,
+                      prune, publish, ranks)
 
 LOSS_TERMS = ["task", "align", "kl", "cosine", "sep"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",

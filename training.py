@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 
 import matplotlib
 import torch
@@ -32,7 +31,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 # flags that may change between a run and its continuation: they move memory and files, not results
 NOT_SETTINGS = ["output_dir", "resume", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
                 "save_steps", "save_total_limit", "gradient_checkpointing", "fsdp", "compile", "trust_remote_code"]
-SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +64,10 @@ def distribute(module, args, world, device):
             fully_shard(layer, mesh=mesh)
         return fully_shard(module, mesh=mesh)
     module.to(device)
-    return DDP(module, device_ids=[device] if device.startswith("cuda") else None) if world > 1 else module
+    if world == 1:
+        return module
+    # buckets are the gradients themselves: a copy would cost 4 more bytes per parameter
+    return DDP(module, device_ids=[device] if device.startswith("cuda") else None, gradient_as_bucket_view=True)
 
 
 def accumulate(model, last):
@@ -96,13 +97,6 @@ def memory_gb(device):
     """Peak memory of this process so far."""
     return (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-
-
-def catch_sigterm():
-    """How clusters preempt -> a list that is no longer empty once SIGTERM came. Ranks agree on it by `all_reduce`."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))  # `common.run` puts the old handler back
-    return asked
 
 
 # ---------------------------------------------------------------------------------------------------------------------

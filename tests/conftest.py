@@ -8,7 +8,21 @@ sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from forked import Forked  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often test_survival.py kills each script")
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Runs a script's main in processes of its own, see forked.py."""
+    server = Forked()
+    yield server
+    server.close()
 
 
 @pytest.fixture

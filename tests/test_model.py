@@ -582,7 +582,8 @@ def damage(path, directory, how):
     elif how == "duplicate":
         shard(directory, ["b"], 1)
     elif how == "missing tensor":
-        write_shard(path, {"a": torch.zeros(2, 4)}, {"a": {}, "q": {}}, SENDER)
+        record = {"task": "", "plan": "", "plan_token_ids": []}
+        write_shard(path, {"a": torch.zeros(2, 4)}, {"a": record, "q": record}, SENDER)
     elif how == "infinite":
         shard(directory, ["a"], 0, value=math.inf)
 
