@@ -26,9 +26,9 @@ from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch
 from data import Conversations, global_batch, read_info, split_eval
 from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
                    lm_logits, load_config, load_tokenizer, open_shards, render_turn)
-from training import (accumulate, all_reduce, autocast, clean, clip_gradients, distribute, find_start,
-                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot,
-                      prune, publish, ranks)
+from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
+                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log,
+                      plot, prune, publish, ranks)
 
 LOSS_TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]
@@ -69,7 +69,8 @@ def get_args(argv):
     g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute the actor's activations")
     g.add_argument("--fsdp", type=boolean, default=False, help="shard parameters, gradients and Adam over the ranks")
-    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the student's layers")
+    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the actor's layers (a growing cache would be "
+                                                                      "compiled anew at each of the student's steps)")
     g.add_argument("--seed", type=int, default=0, help="of the order")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the student directory")
@@ -235,6 +236,8 @@ def train(args):
     # models: the student in fp32, the actor frozen
     torch.manual_seed(args.seed)
     actor = load_teacher(args.teacher_model_name_or_path, device, args.trust_remote_code, args.gradient_checkpointing)
+    if args.compile:
+        compile_layers(actor.lm)
     student = LatentSender.load(source, "fp32", "cpu", args.trust_remote_code)
     if not config.tie_word_embeddings:
         student.lm.get_output_embeddings().requires_grad_(False)  # a student that never writes has no use for its head

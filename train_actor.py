@@ -23,9 +23,9 @@ from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch
 from data import Conversations, global_batch, split_eval
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
                    collate, embedding_rms, init_markers, load_config, load_lm, load_tokenizer, open_shards)
-from training import (accumulate, all_reduce, autocast, clean, clip_gradients, distribute, find_start,
-                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot,
-                      prune, publish, ranks)
+from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
+                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log,
+                      plot, prune, publish, ranks)
 
 LOSS_TERMS = ["task", "align", "kl", "cosine", "sep"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",
@@ -203,6 +203,8 @@ def train(args):
         actor.adapter.attention.dropout = args.adapter_dropout
     if args.gradient_checkpointing:
         actor.lm.activation_checkpointing_enable()
+    if args.compile:
+        compile_layers(actor.lm)
     actor.train()
     model = distribute(actor, args, world, device)
 

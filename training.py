@@ -51,9 +51,6 @@ def distribute(module, args, world, device):
 
     DDP holds everything on every rank. --fsdp holds 1/world of the parameters, gradients and Adam's moments, and
     gathers one decoder layer at a time for its turn; embeddings, head, adapter and bridge form one more unit."""
-    if args.compile:  # layer by layer: equal layers are compiled once, and --fsdp can gather between them
-        for layer in module.lm.get_decoder().layers:
-            layer.compile(dynamic=True)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 or args.fsdp:
@@ -68,6 +65,12 @@ def distribute(module, args, world, device):
         return module
     # buckets are the gradients themselves: a copy would cost 4 more bytes per parameter
     return DDP(module, device_ids=[device] if device.startswith("cuda") else None, gradient_as_bucket_view=True)
+
+
+def compile_layers(lm):
+    """--compile: layer by layer, so that equal layers are compiled once and --fsdp can gather between them."""
+    for layer in lm.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def accumulate(model, last):

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train_actor
 from forked import Forked
-from model import LatentShards
+from model import LatentShards, write_shard
 from tiny import make_actor, make_data, save_model, write_tasks
 
 TIMING = {"tokens_per_s", "memory_gb", "sender_ms"}
@@ -191,6 +192,7 @@ def test_ranks_and_fsdp_follow_one_ranks_curve(world, forked, one_rank, tmp_path
     flags = {"infonce_probe_interval": 3} if script == "train_actor" and fsdp == "true" else {}
     done = forked(script, command(world, script, tmp_path / "o", model="tied", fsdp=fsdp, **flags), world=ranks)
     assert done["codes"] == [0] * ranks, done
+    assert "".join(done["out"]).count("wrote the") == 1  # one rank talks
     if not flags:
         assert_close(tmp_path / "o", reference)
     a, b = tensors(tmp_path / "o"), tensors(reference)
@@ -215,11 +217,9 @@ def test_checkpoints_fit_any_ranks(world, forked, one_rank, tmp_path):
 @pytest.mark.parametrize("script", ["train_actor", "compress"])
 def test_a_failing_rank_ends_the_job_with_its_own_error(world, forked, tmp_path, script):
     """One message has a NaN, so one of the ranks, whichever reads it, stops."""
-    latents = {}
     path = os.path.join(world["messages"], "latents-rank00000-00000.safetensors")
     with safe_open(path, "pt") as f:
         metadata, latents = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    from model import write_shard
     latents["t5"][0, 0] = torch.nan
     write_shard(tmp_path / "m" / "latents-rank00000-00000.safetensors", latents, *map(json.loads, (
         metadata["records"], metadata["sender"])))
@@ -244,5 +244,4 @@ def test_fsdp_holds_a_share_of_everything(world, tmp_path, forked, script):
 
 
 def test_fsdp_without_torchrun(world, tmp_path, refuses):
-    import train_actor
     refuses(train_actor.main, command(world, "train_actor", tmp_path / "o", fsdp="true"), "--fsdp", "torchrun")

@@ -100,6 +100,19 @@ def test_memory_flags_change_no_result(world, reference, tmp_path, more):
     assert_same_curve(tmp_path / "o", reference)
 
 
+def test_compiled_layers_change_no_result(world, reference, tmp_path, monkeypatch):
+    compiled, compile_layer = [], torch.nn.Module.compile
+
+    def eager(self, **kwargs):  # the graphs that --compile makes, run without the minute of code generation
+        compiled.append(type(self).__name__)
+        return compile_layer(self, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    main(argv(world, tmp_path / "o", *SPLIT, "--compile", "true"))
+    assert_same_curve(tmp_path / "o", reference)
+    assert compiled == ["Qwen2DecoderLayer"] * 2
+
+
 def test_two_ranks_follow_one_ranks_curve(world, reference, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
