@@ -2,7 +2,8 @@
 Stage 1: a sender writes plans; its last-layer hidden states become messages, in safetensors shards.
 
   python collect.py alfworld --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_path alfworld_sft.json \\
-      --output_dir messages
+      --task_turn 2 --output_dir messages
+  python collect.py alfworld --model_name_or_path M --env alfworld --split valid_seen --output_dir messages_valid_seen
   torchrun --nproc_per_node 8 collect.py custom --model_name_or_path M --dataset_path tasks.jsonl --output_dir messages
   python collect.py math --model_name_or_path M --dataset_path MATH --subjects algebra --output_dir messages
   python collect.py inspect messages --id train-3 --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
@@ -14,6 +15,7 @@ on the batch size, the order, the number of ranks or a restart.
 """
 import argparse
 import glob
+import hashlib
 import importlib
 import json
 import os
@@ -27,7 +29,9 @@ from tqdm import tqdm
 from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
                           TopPLogitsWarper)
 
-from common import Parser, UserError, atomic_path, boolean, positive, read_json, run, seed_for, share, write_json
+from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, is_text, positive, read_json,
+                    remove, run, seed_for, share, write_json)
+from games import sender_tasks
 from model import (DTYPES, LatentSender, LatentShards, end_of_turn, lm_logits, load_config, load_lm, load_tokenizer,
                    open_shards, render_turn, write_shard)
 
@@ -50,17 +54,18 @@ def get_args(argv):
     for name, (template, turn, task_field, response_field, question) in PRESETS.items():
         p = commands.add_parser(name, help=f"collect messages, {name} prompt and fields", allow_abbrev=False)
         g = p.add_argument_group("data")
-        g.add_argument("--dataset_path", required=True,
+        g.add_argument("--dataset_path",
                        help=".json, .jsonl, .parquet: records with an id and a task; MATH's own directory; or a hub id")
+        g.add_argument("--env", help="instead of --dataset_path: games, as in eval_alfworld.py")
         g.add_argument("--output_dir", required=True, help="where the shards go; an existing directory is continued")
         g.add_argument("--id_field", default="id", help="field of the task's id")
         g.add_argument("--task_field", default=task_field, help="field of the task's text; '' reads conversations")
-        g.add_argument("--conversations_index", type=int, default=turn,
+        g.add_argument("--conversations_index", "--task_turn", type=int, default=turn,
                        help="without a task field: the turn of `conversations` that holds the task")
         g.add_argument("--response_field", default=response_field,
                        help="field of the reference reply: also writes train.json for train_actor.py")
         g.add_argument("--question_template", default=question, help="the actor's question in train.json")
-        g.add_argument("--split", default="train", help="of a directory or a hub dataset")
+        g.add_argument("--split", default="train", help="of a directory, a hub dataset or a game")
         g.add_argument("--subjects", nargs="+", help="only these values of the field `type` (or `subject`)")
         g.add_argument("--max_samples", type=positive, help="only the first N tasks")
         g.add_argument("--shard_size_mb", type=float, default=512, help="start a new shard beyond this size")
@@ -185,9 +190,9 @@ def load_tasks(path, id_field="id", task_field="problem", response_field="soluti
         else:
             raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
                             f"{', '.join(record)}; see --task_field")
-        if not isinstance(task, str) or not task.strip():
+        if not is_text(task) or not is_text(task_id) or not task.strip():
             raise UserError(f"{where}: the task is empty or not a text")
-        if response_field and not isinstance(record.get(response_field), str):
+        if response_field and not is_text(record.get(response_field)):
             raise UserError(f"{where} has no text in field '{response_field}', see --response_field")
         labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
         tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(response_field),
@@ -214,9 +219,23 @@ def encode_prompts(tasks, tokenizer, args, max_length):
             task["ids"] = tokenizer(prompt, split_special_tokens=True).input_ids
         steps = args.latent_steps or args.max_new_tokens
         if len(task["ids"]) + steps > max_length:
-            raise UserError(f"{args.dataset_path}: id {task['id']}: prompt of {len(task['ids'])} tokens + {steps} new "
-                            f"ones exceed the sender's context of {max_length}: shorten the task or lower "
+            raise UserError(f"{args.dataset_path or args.env}: id {task['id']}: prompt of {len(task['ids'])} tokens + "
+                            f"{steps} new ones exceed the sender's context of {max_length}: shorten the task or lower "
                             f"{'--latent_steps' if args.latent_steps else '--max_new_tokens'}")
+
+
+def fingerprint(path):
+    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory are others."""
+    if not os.path.isdir(path):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(n for n in os.listdir(path) if n == "config.json" or n.endswith((".safetensors", ".bin"))):
+        with open(os.path.join(path, name), "rb") as f:  # of a large file both ends: any training step changes them
+            size = f.seek(0, os.SEEK_END)
+            for start in (0, max(0, size - 2**20)):
+                f.seek(start)
+                digest.update(f"{name} {size}".encode() + f.read(2**20))
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,8 +323,14 @@ def collect(args):
                         f"for greedy decoding leave --do_sample false")
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
-    tasks = load_tasks(args.dataset_path, args.id_field, args.task_field, args.response_field, args.conversations_index,
-                       args.split, args.subjects, args.max_samples)
+    if bool(args.dataset_path) == bool(args.env) or args.env and (args.response_field or args.subjects):
+        raise UserError("give --dataset_path, or --env, whose games have no --response_field and no --subjects")
+    done = LatentShards(args.output_dir) if os.path.isdir(args.output_dir) else {}
+    if args.env:
+        tasks = sender_tasks(args.env, args.split, args.max_samples, done.records if done else {})
+    else:
+        tasks = load_tasks(args.dataset_path, args.id_field, args.task_field, args.response_field,
+                           args.conversations_index, args.split, args.subjects, args.max_samples)
     tokenizer = load_tokenizer(args.model_name_or_path, args.trust_remote_code)
     if args.chat_template == "auto" and not tokenizer.chat_template:
         args.chat_template = "none"
@@ -316,10 +341,9 @@ def collect(args):
     sender = {"model": args.model_name_or_path, "hidden_size": config.hidden_size, "dtype": args.torch_dtype,
               **{k: getattr(args, k) for k in ("prompt_template", "chat_template", "max_new_tokens", "do_sample",
                                                "temperature", "top_p", "top_k", "c", "seed", "latent_steps")},
-              "format_version": FORMAT_VERSION}
-    done = LatentShards(args.output_dir) if os.path.isdir(args.output_dir) else {}
-    if len(done) and done.sender != sender:
-        differ = [k for k in sender if done.sender.get(k) != sender[k]]
+              "format_version": FORMAT_VERSION, "fingerprint": fingerprint(args.model_name_or_path)}
+    differ = [k for k in sender if len(done) and done.sender.get(k) != sender[k]]
+    if differ:
         raise UserError(f"{args.output_dir} holds messages of another sender or other settings (different: "
                         f"{', '.join(differ)}): give a new --output_dir")
     # ranks share the whole list, not what is pending: a rank that starts late must not see another's first shards
@@ -346,6 +370,10 @@ def collect(args):
 
     latents, records, size, number, flushed = {}, {}, 0, 0, time.time()
     shard = os.path.join(args.output_dir, f"latents-rank{rank:05d}-" + "{:05d}.safetensors")
+    for path in glob.glob(glob.escape(os.path.join(args.output_dir, "latents-rank")) + "*.tmp*"):
+        if int(re.search(r"latents-rank(\d+)", path)[1]) % world == rank:  # of a killed run; no rank writes it now
+            remove(path)
+    sigterm = catch_sigterm()
     bar = tqdm(total=len(mine), desc="collect", unit="task", disable=rank > 0 or not mine)
     for i in range(0, len(mine), args.batch_size):
         batch = mine[i:i + args.batch_size]
@@ -364,12 +392,16 @@ def collect(args):
                                    "sender_ms": round(ms, 3)}
             size += latents[task["id"]].nbytes
         bar.update(len(batch))
-        # by size, and every five minutes: a kill never costs more
-        if size >= args.shard_size_mb * 2**20 or i + args.batch_size >= len(mine) or time.time() - flushed > 300:
+        # by size, and every five minutes: a kill never costs more; SIGTERM costs nothing
+        if (size >= args.shard_size_mb * 2**20 or i + args.batch_size >= len(mine) or time.time() - flushed > 300
+                or sigterm):
             while os.path.exists(shard.format(number)):
                 number += 1
             write_shard(shard.format(number), latents, records, sender)
             latents, records, size, flushed = {}, {}, 0, time.time()
+        if sigterm:
+            print(f"SIGTERM: what was collected is in {args.output_dir}; the same command continues from it")
+            raise SystemExit(SIGTERM_EXIT)
     bar.close()
     if rank == 0:
         ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"

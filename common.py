@@ -62,6 +62,9 @@ def run(parser, function, args):
     handler = signal.getsignal(signal.SIGTERM)
     try:
         return function(args)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code, message = 1, "the reader of the output is gone"
     except (UserError, OSError) as e:  # OSError: no permission, a full disk, too many files, ... it names the file
         code, message = 2, f"error: {e}"
     except RuntimeError as e:

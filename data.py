@@ -6,11 +6,12 @@ import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from common import UserError, read_json, seed_for
+from common import UserError, is_text, read_json, seed_for
 from model import (BOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, another_task, assemble, encode_conversation, load_config,
-                   load_tokenizer, perturb, plan_ids_for, render_turn, to_messages)
+                   load_tokenizer, open_shards, perturb, plan_ids_for, render_turn, to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training rows: conversations and their messages
@@ -39,6 +40,8 @@ class Conversations:
             before, after, labels = encode_conversation(tokenizer, messages, announcement, where)
             stored = shards.records[row_id] if shards is not None and row_id in shards else {}
             plan = record.get("plan") or stored.get("plan", "")
+            if not is_text(plan) or not is_text(row_id):
+                raise UserError(f"{where}: its id or plan is not a text, found {str(plan)[:80]!r}")
             plan_ids, rows = [], 0
             if args.message != "none":
                 plan_ids = plan_ids_for(tokenizer, plan, [] if record.get("plan") else stored.get("plan_token_ids"))
@@ -140,24 +143,90 @@ def read_info(path):
     return read_json(info) if os.path.exists(info) else {}
 
 
-def actor_of(variants, model_path, baseline_paths):
-    """{variant: the actor's path}, {path: its latent_adapter.json}; cot_full and no_cot have actors of their own."""
-    infos = {path: read_info(path) for path in [model_path, *baseline_paths]}
-    paths = {}
+def variants_of(args):
+    """--variants, each once, under its own name. Raises UserError if the flags about messages contradict each other."""
+    variants = list(dict.fromkeys("none" if variant == "latent" else variant for variant in args.variants))
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
+    if args.latent_steps and not args.sender:
+        raise UserError("--latent_steps needs --sender: the student that thinks these steps")
+    if args.sender and args.hidden_data and not args.latent_steps:
+        raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: give one of them")
+    if args.cross_hidden_data and "qwen2llama" not in variants:
+        raise UserError("--cross_hidden_data is what the variant qwen2llama reads: add it to --variants")
+    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
+        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
+    return variants
+
+
+def actor_of(variants, model_path, baseline_paths, cross=None):
+    """{variant: the actor's path}, {path: its latent_adapter.json}. cot_full and no_cot have actors of their own, and
+    so has qwen2llama where it reads messages `cross` of another sender, beside those that model_path reads."""
+    infos, paths = {path: read_info(path) for path in [model_path, *baseline_paths]}, {}
+    for variant in variants:
         paths[variant] = model_path
         if variant in ("cot_full", "no_cot"):
             message = "text" if variant == "cot_full" else "none"
             fitting = [path for path in baseline_paths if infos[path].get("message") == message]
             if not fitting:
-                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and give "
-                                f"it in --baseline_path")
+                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and "
+                                f"give it in --baseline_path")
             paths[variant] = fitting[0]
+        if variant == "qwen2llama" and cross is not None:
+            fitting = [path for path in infos if infos[path].get("sender_hidden_size") == cross.hidden_size]
+            if not fitting:
+                raise UserError(f"{cross.directory} has messages {cross.hidden_size} wide, no actor of --model_path or "
+                                f"--baseline_path reads these: train one on messages of {cross.sender['model']}")
+            # of two that read this width, the one that was trained on this sender
+            paths[variant] = min(fitting, key=lambda path: infos[path].get("sender") != cross.sender["model"])
         if variant == "text" and load_tokenizer(model_path).convert_tokens_to_ids(BOP) is None:
             raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give a trained actor")
     return paths, infos
+
+
+def check_settings(directory, settings, flag):
+    """Results on disk count as done if they were made with the same settings, which settings.json there keeps."""
+    path = os.path.join(directory, "settings.json")
+    before = read_json(path) if os.path.exists(path) else settings
+    changed = [k for k in settings if before.get(k) != settings[k]]
+    if changed:
+        names = ("set of weights in --model_path or --baseline_path" if k == "weights" else f"--{k}" for k in changed)
+        raise UserError(f"{directory} has results with another {', '.join(names)}: give another {flag}")
+
+
+def open_messages(args, directory, collect, command):
+    """{suffix of the label: LatentShards}: those of --hidden_data, and those of a live sender, which is stage 1 run on
+    these tasks (`collect` with the arguments `command`), once for each number of latent steps."""
+    shards = {"": open_shards(args.hidden_data)} if args.hidden_data else {}
+    for steps in (args.latent_steps or [None]) if args.sender else []:
+        suffix = f"_k{steps}" if steps else ""
+        output_dir = os.path.join(directory, "messages" + suffix)
+        collect([*command, "--model_name_or_path", args.sender, "--output_dir", output_dir,
+                 "--torch_dtype", args.torch_dtype, "--batch_size", str(args.sender_batch_size),
+                 "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
+                 *(["--latent_steps", str(steps)] if steps else []),
+                 *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
+        if dist.is_initialized():
+            dist.barrier()
+        shards[suffix] = open_shards(output_dir)
+    return shards
+
+
+def label_sources(variants, shards, cross, keep_ratios, paths, infos, tasks):
+    """The rows of the table -> {label: (messages, share of their rows to keep)}, {label: variant}. A variant that reads
+    latents has a row per K and per share. Raises UserError if a message is missing or does not fit its actor."""
+    sources, variant_of = {}, {}
+    for variant in variants:
+        found = {"": cross} if variant == "qwen2llama" and cross is not None else shards
+        cells = [("", next(iter(found.values()), None), 1.0)]
+        if variant in LATENT_VARIANTS:
+            cells = [(suffix + ("" if keep == 1 else f"_keep{keep:g}"), messages, keep)
+                     for suffix, messages in found.items() for keep in keep_ratios] or cells
+        for suffix, messages, keep in cells:
+            check_messages(paths[variant], infos[paths[variant]], variant, messages, tasks)
+            sources[variant + suffix], variant_of[variant + suffix] = (messages, keep), variant
+    return sources, variant_of
 
 
 def message_row(actor, messages, n, variant, seed, source, tasks):
@@ -167,14 +236,16 @@ def message_row(actor, messages, n, variant, seed, source, tasks):
     if variant in ("no_comm", "no_cot"):
         before, after = render_turn(tokenizer, messages, where=task_id)
         return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
-    before, after = render_turn(tokenizer, messages, actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT), where=task_id)
+    announcement = actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT)
+    before, after = render_turn(tokenizer, messages, announcement, where=task_id)
     plan_ids, latents = [], None
     if variant in ("text", "cot_full"):
         record = shards.records[task_id]
         plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
     elif variant == "cross_task":
-        pool = [task for task in tasks if task["id"] in shards]
-        latents = shards[pool[another_task(pool.index(tasks[n]), [t["task"] for t in pool], "cross_task", seed, task_id)]["id"]]
+        # a task without a message counts as the same task, so it is never drawn
+        texts = [t["task"] if t["id"] in shards else tasks[n]["task"] for t in tasks]
+        latents = shards[tasks[another_task(n, texts, "cross_task", seed, task_id)]["id"]]
     elif variant in PERTURBATIONS:
         latents = perturb(variant, shards[task_id], seed, task_id)
     else:
@@ -190,18 +261,18 @@ def check_messages(actor_path, info, variant, shards, tasks):
     if variant in ("no_comm", "no_cot"):
         return
     if variant in LATENT_VARIANTS and info.get("message") != "latent":
-        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor that "
-                        f"train_actor.py wrote with --message latent")
+        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor "
+                        f"that train_actor.py wrote with --message latent")
     if shards is None:
         raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
     missing = [t["id"] for t in tasks if t["id"] not in shards]
     if missing:
-        raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first {missing[0]}: run collect.py "
-                        f"on these tasks, or give --sender")
+        raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first {missing[0]}: run "
+                        f"collect.py on these tasks, or give --sender")
     if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
         raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
-                        f"{info['sender_hidden_size']}: collect with the sender it was trained on, {info.get('sender')}")
+                        f"{info['sender_hidden_size']}: collect with its own sender, {info.get('sender')}")
     empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
     if variant in ("text", "cot_full") and empty:
-        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send: latent steps write "
-                        f"none, give --hidden_data with plans")
+        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send: latent "
+                        f"steps write none, give --hidden_data with plans")

@@ -184,33 +184,14 @@ CHAT_TEMPLATE = ("{% for message in messages %}<{{ message['role'] }}> {{ messag
                  "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
-def build_tokenizer():
-    """One token per word: every word that the world can say, and the special tokens."""
-    texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
-    for task in all_tasks("train"):
-        texts += [task["task"], plan(task), *(turn["value"] for turn in conversation(task, expert(task)))]
+def build_tokenizer(texts):
+    """One token per word of `texts`, and the special tokens."""
     words = SPECIAL + sorted({word for text in texts for word in text.split()})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # `in/on` stays one word
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # `in/on` and `\boxed{` stay one word
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", padding_side="left",
         extra_special_tokens=SPECIAL[3:], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
-
-
-def sender_example(task):
-    """[(text, supervised?), …] of one sender sequence: the house and the task, then the plan."""
-    return [(f"<user> {task['task']} <eos> <assistant>", False), (f"{plan(task)} <eos>", True)]
-
-
-def actor_example(task, with_plan):
-    """[(text, supervised?), …] of one actor sequence: the expert with the plan as text, or a search without one."""
-    first, *turns = conversation(task, expert(task) if with_plan else search_actions(task))
-    message = f" {PLAN_ANNOUNCEMENT} <bop> {plan(task)} <eop>" if with_plan else ""
-    spans = [(f"<user> {first['value']}{message} <eos> <assistant>", False)]
-    for turn in turns:
-        spans.append((f"{turn['value']} <eos>", True) if turn["from"] == "gpt"
-                     else (f"<user> {turn['value']} <eos> <assistant>", False))
-    return spans
 
 
 def collate(examples, vocabulary):
@@ -229,17 +210,14 @@ def collate(examples, vocabulary):
     return input_ids, labels
 
 
-def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
-    """A small Qwen2 from scratch that has learned one role: "sender" writes plans, "actor" acts with or without one."""
+def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, learning_rate=5e-3):
+    """A small Qwen2 from scratch. draw(rng) gives the examples of a step, each a list [(text, supervised?), …]."""
     rng = random.Random(f"{role} {seed}")
-    torch.manual_seed(rng.getrandbits(32))  # from the same start both roles would share embeddings: no need to adapt
-    tasks = all_tasks("train")
-    # the actor without a plan learns successful searches only: imitating cut-off ones would make no_comm look too bad
-    searchable = [task for task in tasks if len(search_actions(task)) <= MAX_STEPS]
+    torch.manual_seed(rng.getrandbits(32))  # from the same start two roles would share embeddings: no need to adapt
     vocabulary = tokenizer.get_vocab()
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=feed_forward, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.1,  # a model this small does not learn to copy with the usual 0.02
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
@@ -247,12 +225,7 @@ def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=20, num_training_steps=steps)
     progress = tqdm(range(steps), desc=f"train the {role} from scratch")
     for _ in progress:
-        if role == "sender":
-            examples = [sender_example(task) for task in rng.choices(tasks, k=rows)]
-        else:
-            examples = [actor_example(task, True) for task in rng.choices(tasks, k=rows // 2)]
-            examples += [actor_example(task, False) for task in rng.choices(searchable, k=rows // 2)]
-        input_ids, labels = collate(examples, vocabulary)
+        input_ids, labels = collate(draw(rng), vocabulary)
         # no attention mask: the padding is on the right, where causal attention does not look
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -262,6 +235,55 @@ def train_lm(tokenizer, role, seed, steps, rows=8, learning_rate=5e-3):
         schedule.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
     return model.eval()
+
+
+def make_lm(seconds, path, tokenizer, role, *args, **sizes):
+    """`train_lm` into a directory, unless it is there."""
+    start = time.perf_counter()
+    if not os.path.isdir(path):
+        lm = train_lm(tokenizer, role, *args, **sizes)
+        with atomic_path(path) as temporary:
+            lm.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    seconds[os.path.basename(path)] = round(time.perf_counter() - start, 1)
+
+
+def household_tokenizer():
+    """Every word that the household can say."""
+    texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
+    for task in all_tasks("train"):
+        texts += [task["task"], plan(task), *(turn["value"] for turn in conversation(task, expert(task)))]
+    return build_tokenizer(texts)
+
+
+def sender_example(task):
+    """[(text, supervised?), …] of one sender sequence: the house and the task, then the plan."""
+    return [(f"<user> {task['task']} <eos> <assistant>", False), (f"{plan(task)} <eos>", True)]
+
+
+def actor_example(task, with_plan):
+    """[(text, supervised?), …] of one actor sequence: the expert with the plan as text, or a search without one."""
+    first, *turns = conversation(task, expert(task) if with_plan else search_actions(task))
+    message = f" {PLAN_ANNOUNCEMENT} <bop> {plan(task)} <eop>" if with_plan else ""
+    spans = [(f"<user> {first['value']}{message} <eos> <assistant>", False)]
+    for turn in turns:
+        spans.append((f"{turn['value']} <eos>", True) if turn["from"] == "gpt"
+                     else (f"<user> {turn['value']} <eos> <assistant>", False))
+    return spans
+
+
+def household_examples(role, rows=8):
+    """draw(rng) for `train_lm`: the sender learns to write plans, the actor to act with a plan and without one."""
+    tasks = all_tasks("train")
+    # the actor without a plan learns successful searches only: imitating cut-off ones would make no_comm look too bad
+    searchable = [task for task in tasks if len(search_actions(task)) <= MAX_STEPS]
+
+    def draw(rng):
+        if role == "sender":
+            return [sender_example(task) for task in rng.choices(tasks, k=rows)]
+        examples = [actor_example(task, True) for task in rng.choices(tasks, k=rows // 2)]
+        return examples + [actor_example(task, False) for task in rng.choices(searchable, k=rows // 2)]
+    return draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +308,7 @@ def stage(seconds, name, script, command):
 def household(args, out):
     """Base LMs, messages, actor, evaluation -> success, intervals and seconds by name."""
     n, seconds, success, interval, message = SETTINGS[args.fast], {}, {}, {}, {}
-    tokenizer, game = build_tokenizer(), Household()
+    tokenizer, game = household_tokenizer(), Household()
     tasks = {split: game.tasks(split) for split in ("train", "test")}
     tasks["train"], tasks["test"] = tasks["train"][:n["collect"]], tasks["test"][:n["episodes"]]
     for split in tasks:
@@ -294,14 +316,8 @@ def household(args, out):
     write_json(f"{out}/train.json", training_rows()[:n["collect"]])
 
     # two LMs that never shared a parameter: with one LM for both, the adapter would have nothing to do
-    for name, role, steps in (("base", "actor", n["base"]), ("sender", "sender", n["sender"])):
-        start = time.perf_counter()
-        if not os.path.isdir(f"{out}/{name}"):
-            lm = train_lm(tokenizer, role, args.seed, steps)
-            with atomic_path(f"{out}/{name}") as temporary:
-                lm.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-        seconds[name] = round(time.perf_counter() - start, 1)
+    for name, role in (("base", "actor"), ("sender", "sender")):
+        make_lm(seconds, f"{out}/{name}", tokenizer, role, household_examples(role), args.seed, n[name])
 
     for split in tasks:
         stage(seconds, f"collect {split}", collect,

@@ -3,9 +3,10 @@ Stage 4a: the actor plays household games under every communication variant, all
 
   python eval_alfworld.py --model_path actor --hidden_data messages_valid_seen --env alfworld --split valid_seen \\
       --variants none text no_comm cross_task randomrot --output_path results
-  python eval_alfworld.py --model_path actor --sender student --latent_steps 64 32 16 8 --env alfworld --split valid_seen \\
-      --output_path results_k
-  python eval_alfworld.py --model_path actor --hidden_data messages --env my_game:MyGame --split test --output_path results
+  python eval_alfworld.py --model_path actor --sender student --latent_steps 64 32 16 8 --env alfworld \\
+      --split valid_seen --output_path results_k
+  python eval_alfworld.py --model_path actor --hidden_data messages --env my_game:MyGame --split test \\
+      --output_path results
 
 A game is any class with tasks(split) -> [{"id", "task", ...}], reset(task) -> first human turn, and step(action) ->
 (observation, reward, done, info); success is info["won"], never done. Run it again after a kill: episodes that are on
@@ -14,6 +15,7 @@ disk are not played again.
 import argparse
 import csv
 import datetime
+import functools
 import math
 import os
 import resource
@@ -30,38 +32,46 @@ from transformers import DynamicCache
 import collect
 from common import (Parser, UserError, atomic_path, boolean, positive, read_json, run, seed_for, wilson_interval,
                     write_json)
-from data import LATENT_VARIANTS, VARIANTS, actor_of, check_messages, message_row
-from games import Crash, GameWorkers, load_game
-from model import DTYPES, LatentActor, assemble, collate, end_of_turn, lm_logits, open_shards, render_turn
+from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
+from games import Crash, GameWorkers, load_tasks
+from model import (DTYPES, LatentActor, assemble, collate, end_of_turn, lm_logits, open_shards, render_turn,
+                   to_messages)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
 
 def get_args(argv):
     parser = Parser(prog="eval_alfworld.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     g = parser.add_argument_group("actor")
     g.add_argument("--model_path", required=True, help="an actor directory, or a plain causal LM (no_comm only)")
-    g.add_argument("--baseline_path", nargs="*", default=[], help="actors trained with --message text (for cot_full) and "
-                                                                  "--message none (for no_cot)")
+    g.add_argument("--baseline_path", nargs="*", default=[],
+                   help="actors trained with --message text (for cot_full) and --message none (for no_cot)")
     g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the actor's parameters")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
     g = parser.add_argument_group("messages")
     g.add_argument("--hidden_data", help="--output_dir of collect.py for these games")
     g.add_argument("--sender", help="a live sender: collect.py runs first, on these games, into --output_path")
-    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: one row per K latent steps")
+    g.add_argument("--cross_hidden_data",
+                   help="for qwen2llama: messages of a sender of another family; the actor of --model_path or "
+                        "--baseline_path that fits reads them; default: as none")
+    g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: a row per K of these")
     g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
     g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
     g.add_argument("--sender_batch_size", type=positive, default=16, help="with --sender: prompts decoded together")
-    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of their rows")
+    g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of rows")
     g = parser.add_argument_group("games")
     g.add_argument("--env", default="alfworld", help="alfworld, or module:Class")
     g.add_argument("--split", default="valid_seen", help="alfworld: valid_seen or valid_unseen; other games: their own")
-    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent is another name of none)")
+    g.add_argument("--instruction_file", help="alfworld: text that opens each game, as in training; of a training file "
+                                              "(.json, .jsonl), turn 0 of its first conversation")
+    g.add_argument("--variants", nargs="+", default=["none"], help=", ".join(VARIANTS) + " (latent: same as none)")
     g.add_argument("--max_steps", type=positive, default=20, help="replies per episode (paper 20, released code 50)")
     g.add_argument("--num_episodes", type=positive, help="only the first N games of the split")
     g.add_argument("--runs", type=positive, default=1, help="repetitions with other seeds (paper: 3)")
-    g.add_argument("--env_workers", type=int, help="processes that host games; default: one per core for alfworld, else 0")
+    g.add_argument("--env_workers", type=int, help="processes with games; default: one per core for alfworld, else 0")
+    g.add_argument("--env_timeout", type=positive, default=120, help="seconds after which a silent game has crashed")
     g = parser.add_argument_group("decoding")
     g.add_argument("--batch_size", type=positive, default=32, help="episodes played together")
     g.add_argument("--max_new_tokens", type=positive, default=256, help="per reply")
@@ -69,12 +79,25 @@ def get_args(argv):
     g.add_argument("--seed", type=int, default=0, help="of sampling, cross_task and the perturbations")
     g = parser.add_argument_group("output")
     g.add_argument("--output_path", required=True, help="episodes/, results.csv, summary.json, results.png")
-    g.add_argument("--enable_timing", type=boolean, nargs="?", const=True, default=True, help="write performance_metrics.csv")
+    g.add_argument("--enable_timing", type=boolean, nargs="?", const=True, default=True,
+                   help="write performance_metrics.csv")
     return parser, parser.parse_args(argv)
 
 
-SETTINGS = ["model_path", "baseline_path", "hidden_data", "sender", "prompt_template", "max_plan_tokens", "env", "split",
-            "max_steps", "max_new_tokens", "temperature", "seed", "torch_dtype"]  # what an episode's result depends on
+SETTINGS = ["model_path", "baseline_path", "hidden_data", "cross_hidden_data", "sender", "prompt_template",
+            "max_plan_tokens", "env", "split", "instruction_file", "max_steps", "max_new_tokens", "temperature", "seed",
+            "torch_dtype"]  # what an episode's result depends on
+
+
+def read_instruction(path):
+    """The text of a file; of a training file (.json, .jsonl), turn 0 of its first conversation, where ETO's has it."""
+    try:
+        if path.endswith((".json", ".jsonl")):
+            return to_messages(read_json(path)[0]["conversations"], where=path)[0]["content"]
+        with open(path, encoding="utf-8") as f:
+            return f.read().strip()
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"--instruction_file {path} is neither a text nor a file of conversations: {e!r}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +133,8 @@ class CachedChat:
                 draw = torch.zeros(B, 1, dtype=torch.float64, device=device)
                 for b in open_rows:
                     draw[b] = torch.rand((), generator=generators[b], dtype=torch.float64)
-                next_ids = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+                next_ids = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).squeeze(1)
+                next_ids = next_ids.clamp(max=cdf.shape[1] - 1)
             else:
                 next_ids = logits.argmax(-1)  # (B,)
             said = next_ids.tolist()
@@ -168,7 +192,8 @@ def play(actor, jobs, tasks, sources, workers, parse_action, args):
                             f"--max_new_tokens, or use an actor with a longer context (finished episodes are kept)")
         clock = time.perf_counter()
         logits = chat.read(actor.embed(batch), batch["attention_mask"])
-        replies, cut = chat.reply(logits, stop_ids, args.max_new_tokens, args.temperature, [generators[s] for s in live])
+        replies, cut = chat.reply(logits, stop_ids, args.max_new_tokens, args.temperature,
+                                  [generators[slot] for slot in live])
         actor_ms = 1000 * (time.perf_counter() - clock) / len(live)
         texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
         answers = workers.step({slot: parse_action(text) for slot, text in zip(live, texts)})
@@ -189,7 +214,8 @@ def play(actor, jobs, tasks, sources, workers, parse_action, args):
             if done or record["success"] or record["steps"] == args.max_steps:
                 yield record | {"wall_ms": 1000 * (time.perf_counter() - start)}
                 continue
-            messages[slot] += [{"role": "assistant", "content": texts[b]}, {"role": "user", "content": observation.strip()}]
+            messages[slot] += [{"role": "assistant", "content": texts[b]},
+                               {"role": "user", "content": observation.strip()}]
             _, after = render_turn(tokenizer, messages[slot], where=record["id"])
             pending = replies[b][-1:] if b in cut else []  # the last id of a reply that was cut is not in the cache yet
             blocks.append(assemble([], pending + after, [-100] * len(pending + after)))
@@ -202,8 +228,10 @@ def play(actor, jobs, tasks, sources, workers, parse_action, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # results
 
-METRICS = ["variant", "split", "id", "type", "run", "seed", "success", "steps", "invalid", "crash", "sender_ms", "actor_ms",
-           "env_ms", "wall_ms", "tokens", "tokens_per_s", "message_rows", "peak_memory_gb", "device", "dtype"]
+RESULTS = ["variant", "run", "id", "type", "success", "steps", "invalid", "crash"]
+METRICS = ["variant", "split", "id", "type", "run", "seed", "success", "steps", "invalid", "crash", "sender_ms",
+           "actor_ms", "env_ms", "wall_ms", "tokens", "tokens_per_s", "message_rows", "peak_memory_gb", "device",
+           "dtype"]
 
 
 def mcnemar(a, b):
@@ -216,36 +244,39 @@ def mcnemar(a, b):
 
 def summarize(records, labels):
     """{label: figures} over episode records; every number in the table and the pictures comes from here."""
+    def mean(key, rows):
+        return float(np.mean([r[key] for r in rows])) if rows else None
+
     summary, by_label = {}, {label: [r for r in records if r["variant"] == label] for label in labels}
-    reference = {(r["run"], r["id"]): r["success"] for r in by_label.get("none", [])}
+    won = {label: {(r["run"], r["id"]): r["success"] for r in rows} for label, rows in by_label.items()}
     for label, rows in by_label.items():
         if not rows:
             continue
-        wins, mean = sum(r["success"] for r in rows), lambda key, of=rows: float(np.mean([r[key] for r in of])) if of else None
-        runs = [np.mean([r["success"] for r in rows if r["run"] == k]) for k in sorted({r["run"] for r in rows})]
+        wins = [r for r in rows if r["success"]]
+        runs = [mean("success", [r for r in rows if r["run"] == k]) for k in sorted({r["run"] for r in rows})]
         types = sorted({r["type"] for r in rows})
+        means = {k: mean(k, rows) for k in ("steps", "invalid", "message_rows", "sender_ms", "actor_ms", "env_ms")}
         summary[label] = {
-            "episodes": len(rows), "success": wins / len(rows), "interval": wilson_interval(wins, len(rows)),
-            "runs": [float(x) for x in runs], "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else None,
-            "steps_success": mean("steps", [r for r in rows if r["success"]]), "steps": mean("steps"),
-            "invalid": mean("invalid"), "crashed": sum(r["crash"] is not None for r in rows),
-            "message_rows": mean("message_rows"), "sender_ms": mean("sender_ms"), "actor_ms": mean("actor_ms"),
-            "env_ms": mean("env_ms"), "tokens_per_s": 1000 * mean("tokens") / max(mean("actor_ms"), 1e-9),
+            "episodes": len(rows), "success": mean("success", rows), "interval": wilson_interval(len(wins), len(rows)),
+            "runs": runs, "std": float(np.std(runs, ddof=1)) if len(runs) > 1 else None, **means,
+            "steps_success": mean("steps", wins), "crashed": sum(r["crash"] is not None for r in rows),
+            "tokens_per_s": 1000 * mean("tokens", rows) / max(means["actor_ms"], 1e-9),
             "peak_memory_gb": max(r["peak_memory_gb"] for r in rows),
-            "p_against_none": mcnemar({(r["run"], r["id"]): r["success"] for r in rows}, reference) if reference else None,
-            "by_type": {t: float(np.mean([r["success"] for r in rows if r["type"] == t])) for t in types}}
+            "p_against_none": mcnemar(won[label], won["none"]) if won.get("none") else None,
+            "by_type": {t: mean("success", [r for r in rows if r["type"] == t]) for t in types}}
     return summary
 
 
 def print_table(summary):
-    print(f"\n{'variant':18s} {'success':>7s}  {'95 % interval':13s} {'± runs':>6s} {'steps won/all':>13s} {'crash':>5s} {'rows':>6s} "
-          f"{'sender ms':>9s} {'actor ms':>8s} {'tok/s':>6s} {'GB':>5s} {'p vs none':>9s}")
+    print(f"\n{'variant':18s} {'success':>7s}  {'95 % interval':14s} {'± runs':>6s} {'steps won/all':>13s} "
+          f"{'crash':>5s} {'rows':>6s} {'sender ms':>9s} {'actor ms':>8s} {'tok/s':>6s} {'GB':>5s} {'p vs none':>9s}")
     for label, s in summary.items():
         std, won = (f"{s['std']:.3f}" if s["std"] is not None else "-"), s["steps_success"]
         p = "-" if s["p_against_none"] is None or label == "none" else f"{s['p_against_none']:.1e}"
-        print(f"{label:18s} {s['success']:7.3f}  [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] {std:>5s} "
-              f"{'-' if won is None else f'{won:.1f}':>8s}/{s['steps']:<4.1f} {s['crashed']:5d} {s['message_rows']:6.1f} "
-              f"{s['sender_ms']:9.1f} {s['actor_ms']:8.1f} {s['tokens_per_s']:6.0f} {s['peak_memory_gb']:5.2f} {p:>9s}")
+        print(f"{label:18s} {s['success']:7.3f}  [{s['interval'][0]:.3f}, {s['interval'][1]:.3f}] {std:>6s} "
+              f"{'-' if won is None else f'{won:.1f}':>8s}/{s['steps']:<4.1f} {s['crashed']:5d} "
+              f"{s['message_rows']:6.1f} {s['sender_ms']:9.1f} {s['actor_ms']:8.1f} {s['tokens_per_s']:6.0f} "
+              f"{s['peak_memory_gb']:5.2f} {p:>9s}")
 
 
 def plot(summary, path):
@@ -282,73 +313,40 @@ def write_csv(path, columns, rows):
 def evaluate(args):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    variants = list(dict.fromkeys("none" if v == "latent" else v for v in args.variants))
-    if args.latent_steps and not args.sender:
-        raise UserError("--latent_steps needs --sender: the student that thinks these steps")
-    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
-        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
-    game = load_game(args.env)
-    parse_action = getattr(game, "parse_action", str.strip)
-    all_tasks = game().tasks(args.split)  # cross_task draws from the whole split, so that --num_episodes changes nothing
+    variants = variants_of(args)
+    game, all_tasks = load_tasks(args.env, args.split)  # cross_task draws from the whole split, whatever --num_episodes
     tasks = all_tasks[:args.num_episodes]
-    if not tasks:
-        raise UserError(f"{args.env} has no games in split {args.split}")
-    ids = [task.get("id") for task in all_tasks]
-    if not all(isinstance(task.get(k), str) for task in all_tasks for k in ("id", "task")) or len(set(ids)) < len(ids):
-        raise UserError(f"{args.env}: tasks({args.split!r}) must give records with a unique text 'id' and a text 'task'")
-    if args.sender and args.hidden_data and not args.latent_steps:
-        raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: give one of the two")
+    ids, parse_action = [task["id"] for task in all_tasks], getattr(game, "parse_action", str.strip)
+    if args.instruction_file:
+        if args.env != "alfworld":
+            raise UserError("--instruction_file is for --env alfworld; another game writes its own first turn")
+        game = functools.partial(game, read_instruction(args.instruction_file))
+    cross = open_shards(args.cross_hidden_data) if args.cross_hidden_data else None
+    paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross)
+    settings = {k: v for k, v in vars(args).items() if k in SETTINGS} | {
+        "weights": {path: collect.fingerprint(path) for path in infos}}
+    check_settings(args.output_path, settings, "--output_path")
 
-    paths, infos = actor_of(variants, args.model_path, args.baseline_path)
-
-    # what is on disk is not played again, if it was played with the same settings
-    settings = {k: v for k, v in vars(args).items() if k in SETTINGS}
-    settings_path = os.path.join(args.output_path, "settings.json")
-    if os.path.exists(settings_path) and (before := read_json(settings_path)) != settings:
-        changed = ", ".join("--" + k for k in settings if before.get(k) != settings[k])
-        raise UserError(f"{args.output_path} has results with another {changed}: give another --output_path")
-
-    # messages: stored, or from a live sender, which is stage 1 run on these games
-    shards = {}  # suffix of the label -> LatentShards
-    if args.hidden_data:
-        shards[""] = open_shards(args.hidden_data)
-    if args.sender and rank == 0:
-        write_json(os.path.join(args.output_path, "sender_tasks.json"), tasks)
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         dist.barrier()
-    for steps in (args.latent_steps or [None]) if args.sender else []:
-        directory = os.path.join(args.output_path, f"messages_k{steps}" if steps else "messages")
-        collect.main([
-            "alfworld" if args.env == "alfworld" else "custom", "--model_name_or_path", args.sender, "--dataset_path",
-            os.path.join(args.output_path, "sender_tasks.json"), "--output_dir", directory, "--torch_dtype", args.torch_dtype,
-            "--batch_size", str(args.sender_batch_size), "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
-            *(["--latent_steps", str(steps)] if steps else []),
-            *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
-        if world > 1:
-            dist.barrier()
-        shards[f"_k{steps}" if steps else ""] = open_shards(directory)
-    sources, plans = {}, next(iter(shards.values()), None)  # label -> (shards, share to keep); label -> variant
-    variant_of = {}
-    for variant in variants:
-        rows = [("", plans, 1.0)]
-        if variant in LATENT_VARIANTS:
-            rows = [(suffix + ("" if keep == 1 else f"_keep{keep:g}"), s, keep) for suffix, s in shards.items()
-                    for keep in args.keep_ratio] or rows
-        for suffix, s, keep in rows:
-            check_messages(paths[variant], infos[paths[variant]], variant, s, tasks)
-            sources[variant + suffix], variant_of[variant + suffix] = (s, keep), variant
-    write_json(settings_path, settings) if rank == 0 else None
+    shards = open_messages(args, args.output_path, collect.main, [
+        "alfworld" if args.env == "alfworld" else "custom", "--env", args.env, "--split", args.split,
+        *(["--max_samples", str(args.num_episodes)] if args.num_episodes else [])])
+    sources, variant_of = label_sources(variants, shards, cross, args.keep_ratio, paths, infos, tasks)
+    if rank == 0:
+        write_json(os.path.join(args.output_path, "settings.json"), settings)
 
     # play
     if args.env_workers is None:
         args.env_workers = min(os.cpu_count(), args.batch_size) if args.env == "alfworld" else 0
-    workers = GameWorkers(game, args.env_workers)  # forked before a model is in memory
+    workers = GameWorkers(game, args.env_workers, args.env_timeout)  # forked before a model is in memory
 
     def episode_path(label, r, task_id):
         return os.path.join(args.output_path, "episodes", label, f"run{r}", quote(task_id, safe="") + ".json")
 
-    jobs = [(label, variant, r, n) for label, variant in variant_of.items() for r in range(args.runs) for n in range(len(tasks))]
+    jobs = [(label, variant, r, n) for label, variant in variant_of.items() for r in range(args.runs)
+            for n in range(len(tasks))]
     jobs = [job for job in jobs[rank::world] if not os.path.exists(episode_path(job[0], job[2], ids[job[3]]))]
     bar = tqdm(total=len(jobs), desc="play", unit="episode", disable=rank > 0 or None)
     for path in dict.fromkeys(paths.values()):
@@ -374,11 +372,12 @@ def evaluate(args):
         return
 
     # the files and the table, from the episodes on disk
-    records = [read_json(episode_path(label, r, task["id"])) for label in variant_of for r in range(args.runs) for task in tasks]
+    records = [read_json(episode_path(label, r, task["id"])) for label in variant_of for r in range(args.runs)
+               for task in tasks]
     summary = summarize(records, variant_of)
-    write_json(os.path.join(args.output_path, "summary.json"), {"settings": settings, "variants": summary})
-    write_csv(os.path.join(args.output_path, "results.csv"), ["variant", "run", "id", "type", "success", "steps", "invalid",
-                                                              "crash"], records)
+    write_json(os.path.join(args.output_path, "summary.json"),
+               {"settings": settings, "actors": paths, "variants": summary})
+    write_csv(os.path.join(args.output_path, "results.csv"), RESULTS, records)
     if args.enable_timing:
         write_csv(os.path.join(args.output_path, "performance_metrics.csv"), METRICS, records)
     plot(summary, os.path.join(args.output_path, "results.png"))

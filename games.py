@@ -5,7 +5,9 @@ A game is any class with tasks(split) -> [{"id", "task", ...}], reset(task) -> f
 (observation, reward, done, info); success is info["won"], never done.
 """
 import contextlib
+import functools
 import gc
+import glob
 import importlib
 import importlib.util
 import io
@@ -85,17 +87,24 @@ class AlfworldGame:
             raise UserError(f"no games in {data}: set ALFWORLD_DATA to the folder with json_2.1.1 (alfworld-download)")
         os.environ["ALFWORLD_DATA"] = data  # before the first import of alfworld, which reads it or makes a folder up
         root = os.path.join(data, "json_2.1.1", split)
-        with quiet_engine():
-            gamefiles = self.alfred_env(root).game_files
+        try:
+            with quiet_engine():
+                gamefiles = self.alfred_env(root).game_files
+        except Exception as error:  # it reads every file and does not say which one it could not read
+            for path in sorted(glob.glob(os.path.join(glob.escape(root), "**", "*.*"), recursive=True)):
+                if path.endswith((".json", ".tw-pddl")):
+                    read_game(path)
+            raise UserError(f"ALFWorld cannot read the games in {root}: {type(error).__name__}: {error}") from error
         if not gamefiles:
             raise UserError(f"no games in {root}: use a --split of {sorted(os.listdir(os.path.dirname(root)))} "
                             "or run alfworld-download")
         tasks = []
         for gamefile in gamefiles:
             task_id = os.path.relpath(os.path.dirname(gamefile), root).replace(os.sep, "/")
-            with open(gamefile) as f:
-                goal = re.search(r'Your task is to: (.*?)"', json.load(f)["grammar"]).group(1)
-            tasks.append({"id": task_id, "task": goal, "type": task_id.split("-")[0], "gamefile": gamefile})
+            goal = re.search(r'Your task is to: (.*?)"', str(read_game(gamefile).get("grammar")))
+            if goal is None:
+                raise UserError(f"{gamefile} states no task, so it is no game of ALFWorld: delete its folder")
+            tasks.append({"id": task_id, "task": goal[1], "type": task_id.split("-")[0], "gamefile": gamefile})
         return sorted(tasks, key=lambda task: task["id"])  # the engine's order is the file system's
 
     def reset(self, task):
@@ -131,6 +140,16 @@ class AlfworldGame:
         return match and match.group(1).strip()
 
 
+def read_game(path):
+    """A game file of ALFWorld, which is JSON. Raises UserError with its name."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): run alfworld-download -f, or delete its "
+                        f"folder") from None
+
+
 def load_game(spec):
     """"alfworld", or "module:Class" of a module that is installed or in the current folder -> the class of the game."""
     if spec == "alfworld":
@@ -141,6 +160,38 @@ def load_game(spec):
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a user's module raises when it is imported
         raise UserError(f"--env takes alfworld or module:Class; {spec} cannot be loaded: {error}") from error
+
+
+def load_tasks(spec, split):
+    """"alfworld" or "module:Class", and a split -> (the class of the game, its checked tasks)."""
+    game = load_game(spec)
+    tasks = game().tasks(split)
+    if not tasks:
+        raise UserError(f"{spec} has no games in split {split}")
+    ids = [task.get("id") for task in tasks]
+    if not all(isinstance(task.get(k), str) for task in tasks for k in ("id", "task")) or len(set(ids)) < len(ids):
+        raise UserError(f"{spec}: tasks({split!r}) must give records with a unique text 'id' and a text 'task'")
+    return game, tasks
+
+
+def sender_tasks(spec, split, max_samples, known):
+    """The games of a split as the sender reads them -> [{"id", "task", "type"?}]; known {id: {"task"}}: read before.
+
+    In ALFWorld it reads room and task, as in turn 2 of ETO's conversations, on which it was collected for training;
+    only a game that was started tells its room. Any other game's sender reads the game's `task`."""
+    game, games = load_tasks(spec, split)
+    games = games[:max_samples]
+    texts = {task["id"]: known[task["id"]]["task"] if task["id"] in known else task["task"] for task in games}
+    unknown = [task for task in games if task["id"] not in known and game is AlfworldGame]
+    workers = GameWorkers(functools.partial(AlfworldGame, ""), min(os.cpu_count(), len(unknown)))
+    for i in range(0, len(unknown), max(1, len(workers.workers))):
+        some = unknown[i:i + len(workers.workers)]
+        for slot, room in workers.reset(dict(enumerate(some))).items():
+            if not isinstance(room, Crash):  # the evaluation reports it; here the goal is enough
+                texts[some[slot]["id"]] = room
+    workers.close()
+    return [{"id": task["id"], "task": texts[task["id"]].strip(), **{k: task[k] for k in ("type",) if k in task}}
+            for task in games]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,10 +233,11 @@ class GameWorkers:
 
     reset({slot: task}) -> {slot: first human turn}; step({slot: action}) -> {slot: (observation, reward, done, info)}.
     The processes work at the same time. A Crash as the answer ends that slot's game and no other's, unless they shared
-    a process and it died. `ms` holds the duration of each slot's last request."""
+    a process and it died, or was killed because it gave no answer within `timeout` seconds (num_workers above 0 only).
+    `ms` holds the duration of each slot's last request."""
 
-    def __init__(self, make_game, num_workers=0):
-        self.make_game, self.games, self.ms = make_game, {}, {}
+    def __init__(self, make_game, num_workers=0, timeout=120):
+        self.make_game, self.timeout, self.games, self.ms = make_game, timeout, {}, {}
         self.workers = [None] * num_workers  # (process, our end of its pipe)
         for index in range(num_workers):
             self.start(index)
@@ -211,25 +263,32 @@ class GameWorkers:
             replies = {slot: ask(self.games, self.make_game, slot, method, arguments[slot]) for slot in arguments}
             self.ms.update({slot: ms for slot, (_, ms) in replies.items()})
             return {slot: answer for slot, (answer, _) in replies.items()}
-        answers, waiting, busy = {}, list(arguments), {}  # busy: {pipe: (worker, slot)}, one request per worker
+        answers, waiting, busy = {}, list(arguments), {}  # busy: {pipe: (deadline, worker, slot)}, one per worker
         while waiting or busy:
             for slot in list(waiting):
                 index = slot % len(self.workers)
                 pipe = self.workers[index][1]
                 if pipe not in busy:
                     waiting.remove(slot)
-                    busy[pipe] = index, slot
+                    busy[pipe] = time.monotonic() + self.timeout, index, slot
                     with contextlib.suppress(OSError):  # died since its last answer: the read below says so
                         pipe.send((slot, method, arguments[slot]))
-            for pipe in multiprocessing.connection.wait(busy):
-                index, slot = busy.pop(pipe)
+            ready = multiprocessing.connection.wait(busy, max(0, min(busy.values())[0] - time.monotonic()))
+            late = [pipe for pipe in busy if pipe not in ready and busy[pipe][0] <= time.monotonic()]
+            for pipe in ready + late:
+                _, index, slot = busy.pop(pipe)
+                process = self.workers[index][0]
                 try:
+                    if pipe in late:
+                        process.kill()
+                        raise EOFError
                     answers[slot], self.ms[slot] = pipe.recv()
                 except (EOFError, OSError):
-                    process = self.workers[index][0]
                     process.join()
                     pipe.close()
-                    answers[slot], self.ms[slot] = Crash(f"its process died with exit code {process.exitcode}"), 0.0
+                    answers[slot] = Crash(f"no answer within {self.timeout:g} s" if pipe in late else
+                                          f"its process died with exit code {process.exitcode}")
+                    self.ms[slot] = 1000 * self.timeout if pipe in late else 0.0
                     self.start(index)
         return answers
 

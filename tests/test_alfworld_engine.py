@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 
 import games
 from common import UserError
-from games import INSTRUCTION, AlfworldGame, Crash, GameWorkers, load_game
+from games import INSTRUCTION, AlfworldGame, Crash, GameWorkers, load_game, sender_tasks
 
-from alfworld_fixture import GAMES, make_games
+from alfworld_fixture import GAMES, make_games, memoise_engine
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def workers():
     """Starts GameWorkers, and ends them after the test."""
     started = []
 
-    def start(make_game, num_workers):
-        started.append(GameWorkers(make_game, num_workers))
+    def start(make_game, num_workers, **options):
+        started.append(GameWorkers(make_game, num_workers, **options))
         return started[-1]
     yield start
     for one in started:
@@ -101,7 +102,9 @@ def test_tasks_and_turns_are_in_the_published_format(tasks, capfd, monkeypatch):
     assert sys.argv == ["eval_alfworld.py", "--env", "alfworld"] and capfd.readouterr() == ("", "")
 
 
-def test_look_wins_nothing_and_the_engines_step_limit_is_not_a_victory(tasks, workers):
+def test_look_wins_nothing_and_the_engines_step_limit_is_not_a_victory(tasks, workers, monkeypatch):
+    memoise_engine(monkeypatch)
+
     class ShortGame(AlfworldGame):
         engine_max_steps = 4
 
@@ -119,7 +122,9 @@ GARBAGE = [
     "Action: " + "ä" * 5000, "Action: (((", "Action: {o.name}", "Action: [{r.name | atlocation(a:agent, l:location)}]"]
 
 
-def test_garbage_costs_a_step_and_never_crashes(tasks, workers):
+def test_garbage_costs_a_step_and_never_crashes(tasks, workers, monkeypatch):
+    memoise_engine(monkeypatch)
+
     def reply(slot, step):
         return (GARBAGE + [f"Action: {action}" for action in walkthrough(tasks[slot])])[step]
 
@@ -155,6 +160,38 @@ def test_parse_action():
     assert [parse_action(reply) for reply in ("go to shelf 1", "Action: \nlook", "")] == [None, None, None]
 
 
+def test_a_damaged_file_is_named(data_dirs, tmp_path, monkeypatch):
+    shutil.copytree(data_dirs["installed"], tmp_path / "data")
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path / "data"))
+    path = AlfworldGame().tasks("valid_seen")[3]["gamefile"]
+    with open(path) as f:
+        whole = f.read()
+    for content, words in ((whole[:1000], "truncated"), ("", "truncated"),
+                           (json.dumps(json.loads(whole) | {"grammar": "no goal"}), "states no task"),
+                           (json.dumps({"solvable": True}), "states no task")):
+        with open(path, "w") as f:
+            f.write(content)
+        with pytest.raises(UserError, match=f"^{re.escape(path)} .*{words}.*delete its folder$"):
+            AlfworldGame().tasks("valid_seen")
+    with open(path, "w") as f:
+        f.write(whole)
+    other = os.path.join(os.path.dirname(path), "traj_data.json")
+    with open(other, "w") as f:
+        f.write('{"task_')
+    with pytest.raises(UserError, match=f"^{re.escape(other)} .*truncated"):
+        AlfworldGame().tasks("valid_seen")
+
+
+def test_the_sender_reads_room_and_task(tasks, monkeypatch):
+    texts = {task["id"]: task["task"] for task in sender_tasks("alfworld", "valid_seen", 2, {})}
+    game = AlfworldGame(instruction="")
+    assert texts == {task["id"]: game.reset(task).strip() for task in tasks[:2]}
+    known = {task["id"]: {"task": f"room {n}"} for n, task in enumerate(tasks)}
+    monkeypatch.setattr(GameWorkers, "reset", None)  # a game that was read before is not started again
+    assert [task["task"] for task in sender_tasks("alfworld", "valid_seen", None, known)] == [
+        f"room {n}" for n in range(6)]
+
+
 class Fragile:
     """A game that breaks in the way that it is told to."""
     def reset(self, task):
@@ -171,6 +208,8 @@ class Fragile:
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "sleep":
             time.sleep(0.5)
+        if action == "hang":
+            signal.pause()
         return f"{action} {self.steps}", 0.0, False, {"won": False, "pid": os.getpid()}
 
 
@@ -202,6 +241,19 @@ def test_a_killed_process_is_reported_and_replaced(workers):
     time.sleep(0.1)
     assert [isinstance(a, Crash) for _, a in sorted(games.step({s: "go" for s in range(4)}).items())] == [
         False, True, False, True]
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_a_game_that_hangs_is_ended_with_its_process_only(workers, method):
+    games = workers(Fragile, 2, timeout=0.3)
+    games.reset({s: {"task": "hello"} for s in range(2)})
+    pid = games.step({0: "go"})[0][3]["pid"]
+    words = {0: "hang", 1: "on"}
+    answers = games.step(words) if method == "step" else games.reset({s: {"task": word} for s, word in words.items()})
+    assert answers[0] == "no answer within 0.3 s" and isinstance(answers[0], Crash) and games.ms[0] == 300
+    assert not isinstance(answers[1], Crash) and not os.path.exists(f"/proc/{pid}")
+    assert isinstance(games.step({0: "go"})[0], Crash)  # the game is gone, and the next one starts
+    assert games.reset({0: {"task": "again"}}) == {0: "again 1"} and games.step({1: "go"})[1][0].startswith("go")
 
 
 def test_processes_overlap(workers):

@@ -11,6 +11,7 @@ import collect
 from collect import main
 from common import atomic_path
 from model import LatentSender, LatentShards, load_lm
+from test_eval_alfworld import Game
 from tiny import make_data, make_lm, make_tokenizer, save_model, write_tasks
 
 N = 10
@@ -239,10 +240,22 @@ def test_alfworld_preset_and_conversations_index(senders, tmp_path):
                                                   ("gpt", "go")]]
     data = write(tmp_path / "sft.jsonl", [{"id": 7, "conversations": turns}])
     for preset, more, task in (("alfworld", [], "find a cup"), ("custom", [], "instruction"),
-                               ("custom", ["--conversations_index", -1], "go")):
+                               ("custom", ["--conversations_index", -1], "go"),
+                               ("custom", ["--task_turn", 1], "OK")):
         out = tmp_path / task
         main(argv(senders["qwen2"], data, out, "--max_new_tokens", 2, *more, preset=preset))
         assert LatentShards(str(out)).records["7"]["task"] == task
+
+
+def test_games_are_collected_under_their_own_ids(senders, tmp_path):
+    flags = ["--env", "test_eval_alfworld:Game", "--split", "test", "--max_new_tokens", 2]
+    whole = argv(senders["qwen2"], "d", tmp_path / "o", *flags)
+    del whole[whole.index("--dataset_path"):whole.index("--dataset_path") + 2]
+    main([*whole, "--max_samples", "3"])
+    main(whole)
+    shards, games = LatentShards(str(tmp_path / "o")), Game().tasks("test")
+    assert {k: (r["task"], r["type"]) for k, r in shards.records.items()} == {
+        game["id"]: (game["task"].strip(), game["type"]) for game in games}
 
 
 def test_fields_and_train_json(senders, tmp_path):
@@ -317,6 +330,27 @@ def test_bad_data(senders, tmp_path, refuses, content, words):
 def test_bad_flags(senders, tasks, tmp_path, refuses, flags, words):
     refuses(main, argv(senders["qwen2"], tasks, tmp_path / "o", *flags), *words)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--env", "test_eval_alfworld:Game"], ["--dataset_path", "--env"]),
+    (["--dataset_path", "", "--env", "test_eval_alfworld:Game", "--subjects", "x"], ["--subjects"]),
+    (["--dataset_path", "", "--env", "test_eval_alfworld:Game", "--split", "x"], ["no games", "split x"]),
+    (["--dataset_path", ""], ["--dataset_path", "--env"]),
+    (["--dataset_path", "", "--env", "json:Game"], ["json:Game", "module:Class"])], ids=lambda words: " ".join(words))
+def test_bad_games(senders, tasks, tmp_path, refuses, flags, words):
+    refuses(main, argv(senders["qwen2"], tasks, tmp_path / "o", *flags), *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_sender_trained_anew_into_the_same_folder_is_another(tasks, tmp_path, refuses):
+    sender = save_sender(tmp_path / "sender", "qwen2", "chatml")
+    run(sender, tasks, tmp_path / "o", "--max_samples", 2)
+    save_sender(tmp_path / "sender", "qwen2", "chatml")  # the same weights again
+    run(sender, tasks, tmp_path / "o", "--max_samples", 3)
+    make_lm(seed=1).save_pretrained(sender)
+    refuses(main, argv(sender, tasks, tmp_path / "o"), "another sender", "fingerprint", "--output_dir")
+    assert len(LatentShards(str(tmp_path / "o"))) == 3
 
 
 @pytest.mark.parametrize("how, words", [("settings", ["different: seed", "--output_dir"]),

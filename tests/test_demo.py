@@ -95,7 +95,7 @@ def test_rules():
 
 
 def test_the_tokenizer_knows_every_word():
-    tokenizer = demo.build_tokenizer()
+    tokenizer = demo.household_tokenizer()
     for task in all_tasks("test"):
         texts = [task["task"], plan(task), *(t["value"] for t in demo.conversation(task, search_actions(task)))]
         assert tokenizer.unk_token_id not in tokenizer(" ".join(texts)).input_ids

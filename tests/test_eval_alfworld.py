@@ -2,8 +2,7 @@
 import csv
 import json
 import os
-import socket
-import subprocess
+import signal
 import sys
 import zlib
 from statistics import stdev
@@ -11,16 +10,16 @@ from statistics import stdev
 import pytest
 import torch
 
+import collect
 import eval_alfworld
 import games
-from common import wilson_interval
-from data import VARIANTS
+from common import UserError, seed_for, wilson_interval
+from data import VARIANTS, actor_of
 from eval_alfworld import METRICS, main, mcnemar
-from model import PLAN_ANNOUNCEMENT, LatentActor, LatentShards, end_of_turn, render_turn, write_shard
+from model import (PLAN_ANNOUNCEMENT, LatentActor, LatentShards, end_of_turn, render_turn, text_ids, to_messages,
+                   write_shard)
 from tiny import make_actor, save_model
 
-ROOT = os.path.dirname(os.path.abspath(eval_alfworld.__file__))
-HERE = os.path.dirname(os.path.abspath(__file__))
 WIDTH = 24  # of the senders; the actors are 32 wide
 MAX_STEPS, MAX_NEW_TOKENS = 5, 6
 
@@ -35,6 +34,7 @@ class Game:
                 "endless": [{"id": str(i), "task": f"go on {i}", "turns": 99, "won": False} for i in range(3)],
                 "crash": [{"id": how, "task": how, "turns": 3, "won": True}
                           for how in ("fine", "reset", "step", "exit", "too")],
+                "hang": [{"id": how, "task": how, "turns": 3, "won": True} for how in ("fine", "hang")],
                 "one": [{"id": "0", "task": "do it", "turns": 1}]}.get(split, [])
 
     def reset(self, task):
@@ -49,6 +49,10 @@ class Game:
             raise ValueError("the shelf fell\ndown")
         if self.task["task"] == "exit":
             sys.exit(3)
+        if self.task["task"] == "hang":
+            signal.pause()
+        if self.task["id"] == os.environ.get("DEADLY_ROOM") and len(self.said) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)  # without workers, the evaluator itself
         hashed = zlib.crc32(" ".join(self.said).encode())
         done = len(self.said) >= self.task["turns"]
         won = done and self.task.get("won", hashed % 2 == 0)
@@ -59,13 +63,13 @@ class Game:
 TASKS = Game().tasks("test")
 
 
-def write_messages(directory, tasks, width=WIDTH, plan="take the cup {}"):
+def write_messages(directory, tasks, width=WIDTH, plan="take the cup {}", model="tiny"):
     generator = torch.Generator().manual_seed(1)
     latents = {t["id"]: torch.randn(3 + i % 4, width, generator=generator) for i, t in enumerate(tasks)}
     records = {t["id"]: {"task": t["task"], "plan": plan.format(i), "plan_token_ids": [], "sender_ms": 7.0 + i}
                for i, t in enumerate(tasks)}
     write_shard(os.path.join(directory, "latents-rank00000-00000.safetensors"), latents, records,
-                {"model": "tiny", "hidden_size": width})
+                {"model": model, "hidden_size": width})
     return str(directory)
 
 
@@ -83,7 +87,7 @@ def save_talker(directory, *args, **kwargs):
 def world(tmp_path_factory):
     """Actors, baselines and messages."""
     root = tmp_path_factory.mktemp("world")
-    others = {t["id"]: t for split in ("done", "endless", "crash") for t in Game().tasks(split)}
+    others = {t["id"]: t for split in ("done", "endless", "crash", "hang") for t in Game().tasks(split)}
     return {"qwen2": save_talker(root / "qwen2", sender_dim=WIDTH),
             "llama": save_talker(root / "llama", "llama", "llama3", sender_dim=WIDTH, seed=3),
             "text": save_talker(root / "text", message="text", seed=4),
@@ -335,6 +339,15 @@ def test_a_game_that_crashes_is_counted_and_the_others_go_on(world, tmp_path, ca
     assert line.split("]")[1].split()[2] == "3"
 
 
+def test_a_game_that_hangs_has_crashed(world, tmp_path):
+    main(argv({**world, "messages": world["others"]}, tmp_path, "--split", "hang", "--env_workers", 2, "--env_timeout",
+              1))
+    found = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
+    assert {k: (r["success"], r["steps"], r["crash"]) for k, r in found.items()} == {
+        "fine": (True, 3, None), "hang": (False, 1, "no answer within 1 s")}
+    assert found["hang"]["env_ms"] >= 1000
+
+
 def test_runs_have_a_deviation(world, tmp_path, capsys):
     main(argv(world, tmp_path, "--runs", 2, "--temperature", 1.0, "--variants", "none", "no_comm"))
     found, summary = episodes(tmp_path), read(tmp_path / "summary.json")["variants"]
@@ -385,21 +398,29 @@ def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, size):
     assert len(played) == 16 and list(read(out / "summary.json")["variants"]) == ["none", "no_comm"]
 
 
-def test_two_ranks_equal_one(world, tmp_path):
+def test_killed_by_sigkill_and_started_again(world, tmp_path, forked):
+    flags = ["--variants", "none", "text", "no_comm", "--temperature", 1.0, "--batch_size", 4]
+    job = forked("eval_alfworld", argv(world, tmp_path / "o", *flags), env={"DEADLY_ROOM": TASKS[5]["id"]})
+    assert job["codes"] == [-signal.SIGKILL]
+    before = said(tmp_path / "o")
+    assert 0 < len(before) < 21 and not os.path.exists(tmp_path / "o" / "results.csv")
+    job = forked("eval_alfworld", argv(world, tmp_path / "o", *flags))
+    assert job["codes"] == [0], job["err"]
+    main(argv(world, tmp_path / "whole", *flags))
+    assert before.items() <= said(tmp_path / "o").items()
+    assert said(tmp_path / "o") == said(tmp_path / "whole") and len(said(tmp_path / "o")) == 21
+    results = [(tmp_path / name / "results.csv").read_bytes() for name in ("o", "whole")]
+    assert results[0] == results[1]
+
+
+def test_two_ranks_equal_one(world, tmp_path, forked):
     sender = save_model(tmp_path / "sender", "qwen2", width=WIDTH, seed=7)
     flags = ["--variants", "none", "no_comm", "--batch_size", 4, "--sender", sender, "--latent_steps", 2]
     main(argv(world, tmp_path / "one", *flags))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(port), os.path.join(ROOT, "eval_alfworld.py"),
-               *argv(world, tmp_path / "two", *flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"})
-    assert done.returncode == 0, done.stderr
+    done = forked("eval_alfworld", argv(world, tmp_path / "two", *flags), world=2)
+    assert done["codes"] == [0, 0], done["err"]
     assert said(tmp_path / "one") == said(tmp_path / "two") and len(said(tmp_path / "two")) == 21
-    assert done.stdout.count("wrote summary.json") == 1  # one rank talks
+    assert "wrote summary.json" in done["out"][0] and "summary" not in done["out"][1]  # one rank talks
 
 
 # ---- bad input
@@ -459,23 +480,144 @@ def test_context_that_is_too_short(tmp_path, world, refuses):
     assert 0 < len(finished) < 7  # those that ended in time stay
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--cross_hidden_data", "CROSS"], ["--cross_hidden_data", "qwen2llama"]),
+    (["--cross_hidden_data", "CROSS", "--variants", "qwen2llama"], ["40 wide", "--baseline_path", "qwen2-sender"]),
+    (["--instruction_file", "x.txt"], ["--instruction_file", "--env alfworld"]),
+    (["--env_timeout", "0"], ["--env_timeout"])], ids=lambda words: " ".join(words))
+def test_bad_flags_of_other_senders_and_games(world, tmp_path, refuses, flags, words):
+    cross = write_messages(tmp_path / "cross", TASKS, width=40, model="qwen2-sender")
+    flags = [cross if flag == "CROSS" else flag for flag in flags]
+    refuses(main, argv(world, tmp_path / "o", *flags), *words)
+    assert not os.path.exists(tmp_path / "o")
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", '[{"id": 1}]', '[{"conversations": []}]', "["])
+def test_bad_instruction_files(tmp_path, text):
+    if text is not None:
+        (tmp_path / "sft.json").write_text(text)
+    with pytest.raises(UserError, match="sft.json"):
+        eval_alfworld.read_instruction(str(tmp_path / "sft.json"))
+
+
+def test_qwen2llama_is_played_by_the_actor_that_reads_its_sender(world, tmp_path):
+    """Of the actors that read messages of this width, the one that was trained on this sender."""
+    paths = {name: make_actor(sender_dim=40) for name in ("other", "trained")}
+    for name, actor in paths.items():
+        actor.info["sender"] = {"other": "llama-sender", "trained": "qwen2-sender"}[name]
+        actor.save(str(tmp_path / name))
+    cross = LatentShards(write_messages(tmp_path / "cross", TASKS, width=40, model="qwen2-sender"))
+    baselines = [world["text"], str(tmp_path / "other"), str(tmp_path / "trained")]
+    chosen, _ = actor_of(["none", "qwen2llama"], world["qwen2"], baselines, cross)
+    assert chosen == {"none": world["qwen2"], "qwen2llama": str(tmp_path / "trained")}
+    assert actor_of(["qwen2llama"], world["qwen2"], baselines[:2], cross)[0] == {"qwen2llama": baselines[1]}
+
+
+def test_weights_trained_anew_into_the_same_folder_are_another_actor(world, tmp_path, refuses):
+    actor = save_talker(tmp_path / "actor", sender_dim=WIDTH)
+    flags = argv({**world, "qwen2": actor}, tmp_path / "o", "--num_episodes", 1)
+    main(flags)
+    before = said(tmp_path / "o")
+    save_talker(tmp_path / "actor", sender_dim=WIDTH)  # the same weights again
+    main(flags)
+    save_talker(tmp_path / "actor", sender_dim=WIDTH, seed=9)
+    refuses(main, flags, "weights in --model_path", "--output_path")
+    assert said(tmp_path / "o") == before
+
+
 # ---- the real engine
 
-def test_six_real_games_under_many_variants(world, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def household(tmp_path_factory):
+    """The six games of valid_seen -> their tasks, with what the engine says first: room and task."""
     pytest.importorskip("alfworld")
-    from alfworld_fixture import GAMES, make_games
-    monkeypatch.setenv("ALFWORLD_DATA", make_games(tmp_path / "data"))
-    tasks = games.AlfworldGame().tasks("valid_seen")
-    messages, out = write_messages(tmp_path / "m", tasks), tmp_path / "o"
-    variants = ["none", "text", "no_comm", "no_cot"]
-    main(argv({**world, "messages": messages}, out, "--env", "alfworld", "--split", "valid_seen",
-              "--variants", *variants,
-              "--baseline_path", world["none"], "--max_steps", 3, "--env_workers", 2, "--batch_size", 18))
-    found, summary = episodes(out), read(out / "summary.json")["variants"]
-    assert found.keys() == {(v, 0, t["id"]) for v in variants for t in tasks} and list(summary) == variants
-    assert len(rows(out / "performance_metrics.csv")) == len(rows(out / "results.csv")) == 24
-    assert os.path.getsize(out / "results.png") > 1000
-    assert {r["type"] for r in found.values()} == {game[0] for game in GAMES}
-    for record in found.values():  # gibberish costs steps and crashes nothing
-        assert record["steps"] == record["invalid"] == 3 and not record["success"] and record["crash"] is None
-        assert "You are in the middle of a room" in record["first_turn"] and record["env_ms"] > 0
+    from alfworld_fixture import make_games, memoise_engine
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ALFWORLD_DATA", make_games(tmp_path_factory.mktemp("data")))
+        memoise_engine(monkeypatch)
+        game = games.AlfworldGame(instruction="")
+        yield [task | {"room": game.reset(task).strip()} for task in game.tasks("valid_seen")]
+
+
+GARBAGE = ["", "go to shelf 1", "Action: go to the moon"]
+
+
+def test_walkthroughs_win_all_six_types_and_look_wins_none(world, household, tmp_path, monkeypatch):
+    """Scripted replies in place of the decoded ones, the rest of the evaluator's loop as it is."""
+    walkthroughs = {}
+    for task in household:
+        with open(task["gamefile"]) as f:
+            walkthroughs[task["id"]] = [f"Thought: clear.\nAction: {action}" for action in json.load(f)["walkthrough"]]
+    policies = {"none": lambda task_id: walkthroughs[task_id], "text": lambda task_id: ["Action: look"] * 12,
+                "no_comm": lambda task_id: GARBAGE + walkthroughs[task_id]}
+    scripts = {seed_for("reply", 0, label, task["id"]): iter(policy(task["id"]))
+               for label, policy in policies.items() for task in household}
+
+    def reply(self, logits, stop_ids, max_new_tokens, temperature, generators):
+        assert len(logits) == len(generators)  # each episode has its own, which tells here whose turn it is
+        return [text_ids(tokenizer, next(scripts[g.initial_seed()])) for g in generators], []
+    monkeypatch.setattr(eval_alfworld.CachedChat, "reply", reply)
+    tokenizer = LatentActor.load(world["qwen2"]).tokenizer
+    conversation = [{"from": "human", "value": "You live in a house. \n"}, {"from": "gpt", "value": "OK"},
+                    {"from": "human", "value": ""}, {"from": "gpt", "value": "Action: look"}]
+    (tmp_path / "sft.json").write_text(json.dumps([{"id": "1", "conversations": conversation}]))
+    rooms = {task["id"]: task["room"] for task in household}
+    messages = write_messages(tmp_path / "m", household)
+    summary = main(argv({**world, "messages": messages}, tmp_path / "o", "--env", "alfworld", "--split", "valid_seen",
+                        "--variants", *policies, "--env_workers", 2, "--batch_size", 18, "--max_steps", 12,
+                        "--instruction_file", tmp_path / "sft.json"))
+    for (label, _, task_id), record in episodes(tmp_path / "o").items():
+        steps, invalid = {"none": (len(walkthroughs[task_id]), 0), "text": (12, 0),
+                          "no_comm": (3 + len(walkthroughs[task_id]), 3)}[label]
+        won = label == "none" or label == "no_comm" and steps <= 12
+        assert (record["success"], record["steps"], record["invalid"]) == (won, min(steps, 12), invalid)
+        assert record["crash"] is None and [turn["reply"] for turn in record["turns"]] == policies[label](task_id)[:12]
+        # the first turn of the evaluation is that of the training: turns 0 and 2 of ETO's conversations
+        conversation[2]["value"] = rooms[task_id]
+        assert record["first_turn"] == to_messages(conversation, task_turn=2)[0]["content"]
+    assert summary["none"]["success"] == 1 and set(summary["none"]["by_type"].values()) == {1}
+    assert len(summary["none"]["by_type"]) == 6 and summary["text"]["success"] == 0
+    assert summary["text"]["steps"] == 12 and summary["text"]["steps_success"] is None
+    assert 0 < summary["no_comm"]["success"] < 1  # two walkthroughs no longer fit after three steps of garbage
+
+
+def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypatch, capsys):
+    """One command: a live sender, baselines, and messages of a sender of another family and width."""
+    own, other = save_model(tmp_path / "own", "llama", width=WIDTH), save_model(tmp_path / "other", "qwen2", width=40)
+    cross = save_talker(tmp_path / "cross", "llama", "llama3", sender_dim=40, seed=8)
+    collect.main(["alfworld", "--model_name_or_path", other, "--env", "alfworld", "--split", "valid_seen",
+                  "--output_dir", str(tmp_path / "m"), "--max_new_tokens", "7", "--torch_dtype", "fp32"])
+    figures, close = [], eval_alfworld.plt.close
+    monkeypatch.setattr(eval_alfworld.plt, "close", lambda figure: figures.append(figure) or close(figure))
+    out = tmp_path / "o"
+    summary = main(without_messages(argv(
+        world, out, "--env", "alfworld", "--split", "valid_seen", "--sender", own, "--max_plan_tokens", 5,
+        "--cross_hidden_data", tmp_path / "m", "--baseline_path", world["text"], world["none"], cross,
+        "--variants", *VARIANTS, "--max_steps", 2, "--max_new_tokens", 3, "--env_workers", 2, "--batch_size", 12,
+        "--torch_dtype", "bf16", actor="llama")))
+    found, table = episodes(out), capsys.readouterr().out.splitlines()
+    assert found.keys() == {(v, 0, t["id"]) for v in VARIANTS for t in household} and len(VARIANTS) == 13
+    assert list(summary) == list(VARIANTS) == [line.split()[0] for line in table if line[:40].count("[")]
+    metrics = rows(out / "performance_metrics.csv")
+    assert [(r["variant"], r["id"]) for r in metrics] == [(v, t["id"]) for v in VARIANTS for t in household]
+    assert len(rows(out / "results.csv")) == 78 and all(list(r) == METRICS and r["dtype"] == "bf16" for r in metrics)
+    axes = figures[-1].axes
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == list(VARIANTS)
+    assert [text.get_text() for text in axes[1].get_xticklabels()] == sorted({t["type"] for t in household})
+    assert eval_alfworld.plt.imread(out / "results.png").std() > 0.1 and len(summary["none"]["by_type"]) == 6
+    rooms = {task["id"]: task["room"] for task in household}
+    live, crossed = LatentShards(str(out / "messages")), LatentShards(str(tmp_path / "m"))
+    assert read(out / "summary.json")["actors"] == {v: world["llama"] for v in VARIANTS} | {
+        "cot_full": world["text"], "no_cot": world["none"], "qwen2llama": cross}
+    for (variant, _, task_id), record in found.items():  # gibberish costs steps and crashes nothing
+        assert record["steps"] == record["invalid"] == 2 and not record["success"] and record["crash"] is None
+        # the sender reads room and task, collected beforehand or live
+        assert record["first_turn"] == games.INSTRUCTION + "\n\n" + rooms[task_id]
+        assert rooms[task_id].startswith("You are in the middle of a room.")
+        assert live.records[task_id]["task"] == crossed.records[task_id]["task"] == rooms[task_id]
+        messages = crossed if variant == "qwen2llama" else live
+        if variant in ("no_comm", "no_cot"):
+            assert record["message_rows"] == record["sender_ms"] == 0
+        elif variant not in ("cross_task", "text", "cot_full"):
+            assert record["message_rows"] == messages.lengths[task_id]
+            assert record["sender_ms"] == messages.records[task_id]["sender_ms"] > 0

@@ -29,7 +29,7 @@ def world(tmp_path_factory):
     with open(train, "w") as f:
         json.dump(rows, f)
     make_actor().save(str(d / "actor"))
-    write_tasks(d / "tasks.json", 24)
+    write_tasks(d / "tasks.json", 400)
     return {"model": save_model(d / "model"), "tied": save_model(d / "tied", tied=True), "train": train,
             "messages": messages, "actor": str(d / "actor"), "tasks": str(d / "tasks.json")}
 
@@ -100,12 +100,12 @@ def assert_usable(script, out):
 @pytest.mark.parametrize("script", ["collect", "train_actor", "compress"])
 def test_killed_again_and_again(world, forked, tmp_path, request, script):
     kills = request.config.getoption("--kills")
-    steps = min(24, 6 + 3 * kills) if script == "collect" else 4 + 2 * kills
+    steps = min(400, 12 + 12 * kills) if script == "collect" else 4 + 2 * kills
     out, reference, rng, killed = tmp_path / "o", tmp_path / "reference", random.Random(script), 0
     assert forked(script, command(world, script, reference, steps))["codes"] == [0]
     for attempt in range(4 * kills):
         # by turns at a random moment, and at the n-th touch of a file, where half-written things would be
-        when = {"event": rng.randint(1, 30)} if attempt % 2 else {"seconds": rng.uniform(0.01, 0.8)}
+        when = {"event": rng.randint(1, 30)} if attempt % 2 else {"seconds": rng.uniform(0.01, 0.4 if script == "collect" else 0.8)}
         code, = forked(script, command(world, script, out, steps), **when)["codes"]
         killed += code == -signal.SIGKILL
         assert code in (-signal.SIGKILL, 0)
