@@ -15,8 +15,6 @@ on the batch size, the order, the number of ranks or a restart.
 """
 import argparse
 import glob
-import hashlib
-import importlib
 import json
 import os
 import re
@@ -29,8 +27,9 @@ from tqdm import tqdm
 from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
                           TopPLogitsWarper)
 
-from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, is_text, positive, read_json,
-                    remove, run, seed_for, share, write_json)
+from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, positive, remove,
+                    run, seed_for, share, write_json)
+from data import load_saved, load_tasks, optional
 from games import sender_tasks
 from model import (DTYPES, LatentSender, LatentShards, end_of_turn, lm_logits, load_config, load_lm, load_tokenizer,
                    open_shards, render_turn, write_shard)
@@ -103,109 +102,7 @@ def get_args(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data
-
-def optional(name):
-    """Import a library that only other people's files need."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.split(".")[0]
-        raise UserError(f"this needs {package}: pip install {package}") from None
-
-
-def load_saved(path, split):
-    """A folder of datasets' save_to_disk -> Dataset."""
-    try:
-        data = optional("datasets").load_from_disk(path)
-        return data[split] if isinstance(data, dict) else data
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path}: no dataset of save_to_disk with a split {split}: {str(e).splitlines()[0]}") from None
-
-
-def read_records(path, split):
-    """The records of a file, of MATH's directory (split/subject/N.json), of a save_to_disk folder, or of the hub."""
-    if glob.glob(os.path.join(path, "dataset_*.json")) or glob.glob(os.path.join(path, split, "dataset_*.json")):
-        return load_saved(path, split).to_list()
-    if os.path.isdir(path):
-        names = {os.path.relpath(name, path).removesuffix(".json").replace(os.sep, "/"): name
-                 for name in glob.glob(os.path.join(path, split, "*", "*.json"))}
-        if not names:
-            raise UserError(f"{path} has no problems {split}/<subject>/<number>.json: use a --split of "
-                            f"{sorted(n for n in os.listdir(path) if os.path.isdir(os.path.join(path, n)))}")
-        records = []
-        for key in sorted(names, key=lambda key: (len(key.split("/")[2]), key.split("/")[2], key)):
-            record = read_json(names[key])  # by number, then subject: the first N are a mix of subjects
-            if not isinstance(record, dict):
-                raise UserError(f"{names[key]}: expected one problem, found a {type(record).__name__}")
-            records.append({"type": key.split("/")[1], **record, "id": key})
-        return records
-    if path.endswith((".json", ".jsonl")):
-        return read_json(path)
-    if os.path.exists(path):
-        parquet = optional("pyarrow.parquet")
-        try:
-            return parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as e:  # ArrowInvalid is a ValueError
-            raise UserError(f"{path} is neither .json, .jsonl nor Parquet: {str(e).splitlines()[0]}") from None
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".parquet"):
-        raise UserError(f"no file or directory {path}")
-    datasets = optional("datasets")
-    try:  # some hub copies of MATH have one configuration per subject
-        names = datasets.get_dataset_config_names(path)
-        return [{**row, "id": str(row.get("id", f"{split}/{name}/{n}" if len(names) > 1 else f"{split}/{n}"))}
-                for name in names for n, row in enumerate(datasets.load_dataset(path, name, split=split))]
-    except Exception as e:  # the hub's errors have no class in common
-        raise UserError(f"no file or directory {path}, and no hub dataset with a split {split}: "
-                        f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
-
-
-def subject_key(name):
-    """"Counting & Probability" and counting_and_probability are the same subject."""
-    return re.sub(r"[\W_]+", "_", str(name).lower().replace("&", "and"))
-
-
-def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0,
-               split="train", subjects=None, max_samples=None):
-    """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is left out."""
-    records = read_records(path, split)
-    if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
-        raise UserError(f"{path}: expected a non-empty list of records")
-    tasks, seen = [], set()
-    for n, record in enumerate(records):
-        task_id = str(record.get(id_field, n))  # without ids, the position in the whole file
-        where = f"{path}: id {task_id}"
-        if task_id in seen or task_id == "__metadata__":
-            raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
-        seen.add(task_id)
-        if task_field in record:
-            task = record[task_field]
-        elif "conversations" in record:
-            turns = record["conversations"]
-            if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
-                raise UserError(f"{where}: its conversations have no turn {conversations_index}, see "
-                                f"--conversations_index")
-            turn = turns[conversations_index]
-            task = turn.get("value") if isinstance(turn, dict) else None
-        else:
-            raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
-                            f"{', '.join(record)}; see --task_field")
-        if not is_text(task) or not is_text(task_id) or not task.strip():
-            raise UserError(f"{where}: the task is empty or not a text")
-        if response_field and not is_text(record.get(response_field)):
-            raise UserError(f"{where} has no text in field '{response_field}', see --response_field")
-        labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
-        tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(response_field),
-                      **{k: v for k, v in labels.items() if v is not None}})
-    if subjects:
-        found = {subject_key(t["type"]): str(t["type"]) for t in tasks if "type" in t}
-        unknown = [s for s in subjects if subject_key(s) not in found]
-        if unknown:
-            raise UserError(f"{path} has no subject {unknown[0]}, it has: {', '.join(found.values()) or 'none'}")
-        wanted = set(map(subject_key, subjects))
-        tasks = [t for t in tasks if "type" in t and subject_key(t["type"]) in wanted]
-    return tasks[:max_samples]
-
+# prompts
 
 def encode_prompts(tasks, tokenizer, args, max_length):
     """Adds "ids" to each task: the sender's prompt. The same text whatever the batch."""
@@ -222,20 +119,6 @@ def encode_prompts(tasks, tokenizer, args, max_length):
             raise UserError(f"{args.dataset_path or args.env}: id {task['id']}: prompt of {len(task['ids'])} tokens + "
                             f"{steps} new ones exceed the sender's context of {max_length}: shorten the task or lower "
                             f"{'--latent_steps' if args.latent_steps else '--max_new_tokens'}")
-
-
-def fingerprint(path):
-    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory are others."""
-    if not os.path.isdir(path):
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(n for n in os.listdir(path) if n == "config.json" or n.endswith((".safetensors", ".bin"))):
-        with open(os.path.join(path, name), "rb") as f:  # of a large file both ends: any training step changes them
-            size = f.seek(0, os.SEEK_END)
-            for start in (0, max(0, size - 2**20)):
-                f.seek(start)
-                digest.update(f"{name} {size}".encode() + f.read(2**20))
-    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -157,6 +157,20 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON: {e}") from None
 
 
+def fingerprint(path):
+    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory are others."""
+    if not os.path.isdir(path):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(n for n in os.listdir(path) if n == "config.json" or n.endswith((".safetensors", ".bin"))):
+        with open(os.path.join(path, name), "rb") as f:  # of a large file both ends: any training step changes them
+            size = f.seek(0, os.SEEK_END)
+            for start in (0, max(0, size - 2**20)):
+                f.seek(start)
+                digest.update(f"{name} {size}".encode() + f.read(2**20))
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Numbers
 

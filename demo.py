@@ -2,6 +2,7 @@
 The whole of Interlat in minutes on a CPU: a tiny household, tiny language models made from scratch, all stages.
 
   python demo.py                 about three minutes on 2 cores: a table and demo_out/results.png
+  python demo.py --task math     the same for problems instead of games (demo_math.py), in demo_out_math
   python demo.py --fast          under a minute, weaker
 
 The sender has seen the house, so its prompt says where the one object of the goal lies. The actor reads the goal only;
@@ -321,19 +322,21 @@ def household(args, out):
 
     for split in tasks:
         stage(seconds, f"collect {split}", collect,
-              f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_{split}.json --prompt_template '{{task}}' "
-              f"--output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size {128 if split == 'train' else 16} --torch_dtype fp32")
+              f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_{split}.json --prompt_template "
+              f"'{{task}}' --output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size "
+              f"{128 if split == 'train' else 16} --torch_dtype fp32")
     stage(seconds, "train actor", train_actor,
-          f"--model_name_or_path {out}/base --train_file {out}/train.json --hidden_data {out}/messages_train --output_dir "
-          f"{out}/actor --max_steps {n['actor']} --global_batch_size 32 --per_device_train_batch_size 32 --learning_rate 1e-3 "
-          f"--adapter_learning_rate 3e-3 --plan_similarity_weight 0.5 --random_contrast_weight 0.1 --plan_announcement "
-          f"'{PLAN_ANNOUNCEMENT}' --eval_ratio 0.05 --eval_steps 40 --logging_steps 20 --seed {args.seed}")
+          f"--model_name_or_path {out}/base --train_file {out}/train.json --hidden_data {out}/messages_train "
+          f"--output_dir {out}/actor --max_steps {n['actor']} --global_batch_size 32 --per_device_train_batch_size "
+          f"32 --learning_rate 1e-3 --adapter_learning_rate 3e-3 --plan_similarity_weight 0.5 "
+          f"--random_contrast_weight 0.1 --plan_announcement '{PLAN_ANNOUNCEMENT}' --eval_ratio 0.05 --eval_steps 40 "
+          f"--logging_steps 20 --seed {args.seed}")
 
     def play(name, model, variants, flags="", names=None):
         summary = stage(seconds, name, eval_alfworld,
-                        f"--model_path {model} --env demo:Household --split test --num_episodes {n['episodes']} --variants "
-                        f"{variants} --max_steps {MAX_STEPS} --batch_size {n['episodes']} --max_new_tokens 10 --torch_dtype fp32 "
-                        f"--seed {args.seed} --output_path {out}/{name.replace(' ', '_')} {flags}")
+                        f"--model_path {model} --env demo:Household --split test --num_episodes {n['episodes']} "
+                        f"--variants {variants} --max_steps {MAX_STEPS} --batch_size {n['episodes']} --max_new_tokens "
+                        f"10 --torch_dtype fp32 --seed {args.seed} --output_path {out}/{name.replace(' ', '_')} {flags}")
         for label, figures in summary.items():
             key = (names or {}).get(label, label)
             success[key], interval[key] = figures["success"], figures["interval"]
@@ -342,10 +345,11 @@ def household(args, out):
     play("eval", f"{out}/actor", "none text no_comm cross_task randomrot", f"--hidden_data {out}/messages_test")
     # stage 3: the same sender model learns to say it in 8 steps; untrained, and the full message cut to 8, beside it
     stage(seconds, "compress", compress,
-          f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file {out}/train.json "
-          f"--hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' --K 8 --max_steps "
-          f"{n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 "
-          f"--eval_ratio 0.05 --eval_steps 500 --logging_steps 100 --seed {args.seed}")
+          f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file "
+          f"{out}/train.json --hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' "
+          f"--K 8 --max_steps {n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 "
+          f"--adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.05 --eval_steps 500 --logging_steps 100 "
+          f"--seed {args.seed}")
     live = "--prompt_template '{task}' --latent_steps 8 --sender"
     play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
     play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
@@ -363,7 +367,8 @@ def household(args, out):
 MEANING = {"none": "latent message", "text": "the plan as text, same actor", "no_comm": "no message, same actor",
            "no_comm_base": "no message, base model", "cross_task": "another task's message",
            "randomrot": "message rotated at random", "search": "scripted search, no message",
-           "k8": "8 latent steps, trained", "k8_untrained": "8 latent steps, untrained", "keep8": "full message cut to 8 rows"}
+           "k8": "8 latent steps, trained", "k8_untrained": "8 latent steps, untrained",
+           "keep8": "full message cut to 8 rows"}
 
 
 def report(summary, out):
@@ -372,7 +377,8 @@ def report(summary, out):
     names = [name for name in MEANING if name in summary["success"]]
     success = np.array([summary["success"][name] for name in names])
     low, high = np.array([summary["interval"][name] for name in names]).T
-    colors = ["tab:blue" if name in ("none", "k8") else "tab:gray" if name == "search" else "lightsteelblue" for name in names]
+    special = {"none": "tab:blue", "k8": "tab:blue", "search": "tab:gray"}
+    colors = [special.get(name, "lightsteelblue") for name in names]
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.38 * len(names)))
     axes.barh([MEANING[name] for name in names], success, xerr=[success - low, high - success], color=colors, capsize=3)
     axes.set(xlim=(0, 1), xlabel=f"success on {summary['episodes']} held-out tasks (95 % Wilson interval)")
@@ -380,32 +386,42 @@ def report(summary, out):
     with atomic_path(f"{out}/results.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-    print(f"\n{summary['episodes']} held-out tasks\n{'name':14s} {'what the actor gets':32s} success  {'95 % interval':14s} "
-          f"rows  ms per message")
+    print(f"\n{summary['episodes']} held-out tasks\n{'name':14s} {'what the actor gets':32s} success  "
+          f"{'95 % interval':14s} rows  ms per message")
     for name, p, a, b in zip(names, success, low, high):
         rows, ms = summary["message"].get(name, (0, 0))
         print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}] {f'{rows:4.0f}  {ms:6.2f}' if rows else ''}")
-    print(f"\n{sum(summary['seconds'].values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in summary["seconds"].items()))
+    print_end(summary["seconds"], out, f"{out}/sender")
+
+
+def print_end(seconds, out, sender):
+    print(f"\n{sum(seconds.values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
     print(f"wrote {out}/summary.json and {out}/results.png; look inside a message: python collect.py inspect "
-          f"{out}/messages_test --model_name_or_path {out}/sender")
+          f"{out}/messages_test --model_name_or_path {sender}")
 
 
 def demo(args):
-    out = args.output_dir
+    out = args.output_dir or {"household": "demo_out", "math": "demo_out_math"}[args.task]
     if args.fresh and os.path.isdir(out):
         shutil.rmtree(out)
-    settings = {"seed": args.seed, "fast": args.fast}
-    if os.path.exists(f"{out}/settings.json") and read_json(f"{out}/settings.json") != settings:
-        raise UserError(f"{out} was made with other flags ({read_json(f'{out}/settings.json')}): add --fresh to start over, or "
-                        f"give another --output_dir")
+    settings = {"task": args.task, "seed": args.seed, "fast": args.fast}
+    if os.path.exists(f"{out}/settings.json") and (before := read_json(f"{out}/settings.json")) != settings:
+        raise UserError(f"{out} was made with other flags ({before}): add --fresh to start over, or give another "
+                        f"--output_dir")
     write_json(f"{out}/settings.json", settings)
-    report(household(args, out), out)
+    if args.task == "math":
+        import demo_math  # which imports this file
+        demo_math.report(demo_math.math(args, out), out)
+    else:
+        report(household(args, out), out)
 
 
 def main(argv=None):
     parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--output_dir", default="demo_out", help="models, messages, results; a second run reuses them")
+    parser.add_argument("--task", choices=["household", "math"], default="household", help="games, or problems to answer")
+    parser.add_argument("--output_dir", help="models, messages, results, which a second run reuses; default: demo_out, "
+                                             "with --task math demo_out_math")
     parser.add_argument("--seed", type=int, default=0, help="of the models and of everything drawn")
     parser.add_argument("--fast", action="store_true", help="under a minute: fewer steps and episodes, weaker results")
     parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import collect
-from common import (Parser, UserError, atomic_path, boolean, positive, read_json, run, seed_for, wilson_interval,
-                    write_json)
+from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, read_json, run, seed_for,
+                    wilson_interval, write_json)
 from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
-from games import Crash, GameWorkers, load_tasks
+from games import Crash, GameWorkers, open_split
 from model import (DTYPES, LatentActor, assemble, collate, end_of_turn, lm_logits, open_shards, render_turn,
                    to_messages)
 
@@ -314,7 +314,7 @@ def evaluate(args):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     variants = variants_of(args)
-    game, all_tasks = load_tasks(args.env, args.split)  # cross_task draws from the whole split, whatever --num_episodes
+    game, all_tasks = open_split(args.env, args.split)  # cross_task draws from the whole split, whatever --num_episodes
     tasks = all_tasks[:args.num_episodes]
     ids, parse_action = [task["id"] for task in all_tasks], getattr(game, "parse_action", str.strip)
     if args.instruction_file:
@@ -324,7 +324,7 @@ def evaluate(args):
     cross = open_shards(args.cross_hidden_data) if args.cross_hidden_data else None
     paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross)
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS} | {
-        "weights": {path: collect.fingerprint(path) for path in infos}}
+        "weights": {path: fingerprint(path) for path in infos}}
     check_settings(args.output_path, settings, "--output_path")
 
     if world > 1:

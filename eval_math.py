@@ -27,9 +27,10 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import collect
-from common import (Parser, UserError, atomic_path, boolean, positive, run, seed_for, wilson_interval, write_json,
-                    write_text)
-from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
+from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, run, seed_for, wilson_interval,
+                    write_json, write_text)
+from data import (VARIANTS, actor_of, check_settings, label_sources, load_tasks, message_row, open_messages,
+                  variants_of)
 from math_answers import extract_answer, is_equiv, load_grader
 from model import DTYPES, LatentActor, collate, end_of_turn, lm_logits, open_shards
 
@@ -263,7 +264,7 @@ def evaluate(args):
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
     correct = load_grader(args.grader)
-    tasks = collect.load_tasks(args.dataset, split=args.split, subjects=args.subjects, max_samples=args.num_samples)
+    tasks = load_tasks(args.dataset, split=args.split, subjects=args.subjects, max_samples=args.num_samples)
     for task in tasks:
         task["answer"] = extract_answer(task["reply"])
         if task["answer"] is None:
@@ -273,7 +274,7 @@ def evaluate(args):
     cross = open_shards(args.cross_hidden_data) if args.cross_hidden_data else None
     paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross)
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS} | {
-        "weights": {path: collect.fingerprint(path) for path in infos}}
+        "weights": {path: fingerprint(path) for path in infos}}
     check_settings(args.output_dir, settings, "--output_dir")
 
     if world > 1:

@@ -162,7 +162,7 @@ def load_game(spec):
         raise UserError(f"--env takes alfworld or module:Class; {spec} cannot be loaded: {error}") from error
 
 
-def load_tasks(spec, split):
+def open_split(spec, split):
     """"alfworld" or "module:Class", and a split -> (the class of the game, its checked tasks)."""
     game = load_game(spec)
     tasks = game().tasks(split)
@@ -179,7 +179,7 @@ def sender_tasks(spec, split, max_samples, known):
 
     In ALFWorld it reads room and task, as in turn 2 of ETO's conversations, on which it was collected for training;
     only a game that was started tells its room. Any other game's sender reads the game's `task`."""
-    game, games = load_tasks(spec, split)
+    game, games = open_split(spec, split)
     games = games[:max_samples]
     texts = {task["id"]: known[task["id"]]["task"] if task["id"] in known else task["task"] for task in games}
     unknown = [task for task in games if task["id"] not in known and game is AlfworldGame]

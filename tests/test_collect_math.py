@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import collect
-from collect import load_tasks, main
+from collect import main
+from data import load_tasks
 from model import DTYPES, LatentShards, write_shard
 from test_eval_math import SUBJECTS, write_math
 from tiny import save_model

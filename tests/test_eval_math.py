@@ -10,7 +10,7 @@ import torch
 import collect
 import eval_math
 from eval_math import main, summarize
-from data import message_row
+from data import load_tasks, message_row
 from model import HiddenStateProcessor, LatentActor, LatentShards, add_markers, init_markers, text_ids, write_shard
 from tiny import make_lm, make_tokenizer, save_model
 
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
     info = {"message": "latent", "sender_hidden_size": 48, "num_heads": 4}
     LatentActor(lm, tokenizer, adapter, info).save(root / "actor")
     LatentActor(lm, tokenizer, None, {"message": "text"}).save(root / "text_actor")
-    tasks = collect.load_tasks(data, split="test")
+    tasks = load_tasks(data, split="test")
     latents = {t["id"]: torch.randn(3 + n % 4, 48) for n, t in enumerate(tasks)}
     write_shard(root / "messages" / "latents-rank00000-00000.safetensors", latents,
                 {t["id"]: {"task": t["task"], "plan": f"add {n}", "plan_token_ids": [], "sender_ms": 2.0}
