@@ -86,14 +86,14 @@ def get_args(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 # data: the actor's rows are those of train_actor.py; the student reads the task with its own tokenizer and template
 
-def student_prompts(data, shards, tokenizer, args, max_length, actor_length):
+def student_prompts(data, tokenizer, args, max_length, actor_length):
     """Ids of the student's prompt for every row: the text that the data's sender was asked, rendered anew."""
     prompts = []
     for row_id, task, (before, after, _) in zip(data.ids, data.tasks, data.encoded):
         if len(before) + args.K + len(after) > actor_length:
             raise UserError(f"{data.path}: id {row_id}: {len(before) + len(after)} tokens + K = {args.K} exceed the "
                             f"actor's context of {actor_length}: lower --K or shorten the row")
-        text = args.prompt_template.replace("{task}", shards.records[row_id]["task"] if row_id in shards else task)
+        text = args.prompt_template.replace("{task}", task)
         before, after = render_turn(tokenizer, [{"role": "user", "content": text}], where=row_id)
         prompts.append(before + after)
         if len(prompts[-1]) + args.K > max_length:
@@ -199,7 +199,7 @@ def train(args):
 
     # teacher and data, all checked before a model is loaded
     teacher_config = load_config(args.teacher_model_name_or_path, args.trust_remote_code)
-    info = read_info(args.teacher_model_name_or_path)
+    info = read_info(args.teacher_model_name_or_path, args.trust_remote_code)
     if info.get("message") != "latent":
         raise UserError(f"{args.teacher_model_name_or_path} has no adapter: the teacher must be an actor that "
                         f"train_actor.py wrote with --message latent")
@@ -222,9 +222,9 @@ def train(args):
     if not train_rows:
         raise UserError(f"{args.train_file} has no training rows (--eval_ratio {args.eval_ratio})")
     context = getattr(config, "max_position_embeddings", 2**31)
-    prompts = student_prompts(data, shards, tokenizer, args, context, max_length)
+    prompts = student_prompts(data, tokenizer, args, context, max_length)
     eval_prompts = prompts if eval_data is data else student_prompts(
-        eval_data, shards, tokenizer, args, context, max_length)
+        eval_data, tokenizer, args, context, max_length)
     # B's prompt has no announcement and no markers: what an actor sees to whom nobody has said anything
     silent = [encode_conversation(teacher_tokenizer, messages, None, data.path) for messages in data.messages]
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)

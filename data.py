@@ -177,7 +177,8 @@ class Conversations:
             if length > max_length:
                 raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten "
                                 f"the row, or raise --model_max_length if the model allows it")
-            self.tasks.append(next(m["content"] for m in messages if m["role"] == "user"))
+            # what the sender was asked tells tasks apart, even where all actors are asked the same
+            self.tasks.append(stored.get("task") or next(m["content"] for m in messages if m["role"] == "user"))
             self.messages.append(messages)
             self.encoded.append((before, after, labels))
             self.message_rows.append(rows)
@@ -248,9 +249,9 @@ LATENT_VARIANTS = ("none", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: 
 VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
 
 
-def read_info(path):
+def read_info(path, trust_remote_code=False):
     """latent_adapter.json of an actor, {} for a plain model."""
-    load_config(path)
+    load_config(path, trust_remote_code)
     info = os.path.join(path, "latent_adapter.json")
     return read_json(info) if os.path.exists(info) else {}
 
@@ -272,10 +273,11 @@ def variants_of(args):
     return variants
 
 
-def actor_of(variants, model_path, baseline_paths, cross=None):
+def actor_of(variants, model_path, baseline_paths, cross=None, trust_remote_code=False):
     """{variant: the actor's path}, {path: its latent_adapter.json}. cot_full and no_cot have actors of their own, and
     so has qwen2llama where it reads messages `cross` of another sender, beside those that model_path reads."""
-    infos, paths = {path: read_info(path) for path in [model_path, *baseline_paths]}, {}
+    infos = {path: read_info(path, trust_remote_code) for path in [model_path, *baseline_paths]}
+    paths = {}
     for variant in variants:
         paths[variant] = model_path
         if variant in ("cot_full", "no_cot"):
@@ -292,7 +294,7 @@ def actor_of(variants, model_path, baseline_paths, cross=None):
                                 f"--baseline_path reads these: train one on messages of {cross.sender['model']}")
             # of two that read this width, the one that was trained on this sender
             paths[variant] = min(fitting, key=lambda path: infos[path].get("sender") != cross.sender["model"])
-        if variant == "text" and load_tokenizer(model_path).convert_tokens_to_ids(BOP) is None:
+        if variant == "text" and load_tokenizer(model_path, trust_remote_code).convert_tokens_to_ids(BOP) is None:
             raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give a trained actor")
     return paths, infos
 
@@ -315,7 +317,7 @@ def open_messages(args, directory, collect, command):
         suffix = f"_k{steps}" if steps else ""
         output_dir = os.path.join(directory, "messages" + suffix)
         collect([*command, "--model_name_or_path", args.sender, "--output_dir", output_dir,
-                 "--torch_dtype", args.torch_dtype, "--batch_size", str(args.sender_batch_size),
+                 "--trust_remote_code", str(args.trust_remote_code), "--torch_dtype", args.torch_dtype, "--batch_size", str(args.sender_batch_size),
                  "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
                  *(["--latent_steps", str(steps)] if steps else []),
                  *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])

@@ -336,7 +336,8 @@ def household(args, out):
         summary = stage(seconds, name, eval_alfworld,
                         f"--model_path {model} --env demo:Household --split test --num_episodes {n['episodes']} "
                         f"--variants {variants} --max_steps {MAX_STEPS} --batch_size {n['episodes']} --max_new_tokens "
-                        f"10 --torch_dtype fp32 --seed {args.seed} --output_path {out}/{name.replace(' ', '_')} {flags}")
+                        f"10 --torch_dtype fp32 --seed {args.seed} --output_path {out}/{name.replace(' ', '_')} "
+                        f"{flags}")
         for label, figures in summary.items():
             key = (names or {}).get(label, label)
             success[key], interval[key] = figures["success"], figures["interval"]
@@ -346,10 +347,10 @@ def household(args, out):
     # stage 3: the same sender model learns to say it in 8 steps; untrained, and the full message cut to 8, beside it
     stage(seconds, "compress", compress,
           f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file "
-          f"{out}/train.json --hidden_data {out}/messages_train --output_dir {out}/student --prompt_template '{{task}}' "
-          f"--K 8 --max_steps {n['student']} --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 "
-          f"--adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.05 --eval_steps 500 --logging_steps 100 "
-          f"--seed {args.seed}")
+          f"{out}/train.json --hidden_data {out}/messages_train --output_dir {out}/student --prompt_template "
+          f"'{{task}}' --K 8 --max_steps {n['student']} --global_batch_size 8 --per_device_train_batch_size 8 "
+          f"--learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.05 --eval_steps "
+          f"500 --logging_steps 100 --seed {args.seed}")
     live = "--prompt_template '{task}' --latent_steps 8 --sender"
     play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
     play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
@@ -390,7 +391,8 @@ def report(summary, out):
           f"{'95 % interval':14s} rows  ms per message")
     for name, p, a, b in zip(names, success, low, high):
         rows, ms = summary["message"].get(name, (0, 0))
-        print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}] {f'{rows:4.0f}  {ms:6.2f}' if rows else ''}")
+        sent = f"{rows:4.0f}  {ms:6.2f}" if rows else ""
+        print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}] {sent}")
     print_end(summary["seconds"], out, f"{out}/sender")
 
 
@@ -419,7 +421,7 @@ def demo(args):
 def main(argv=None):
     parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--task", choices=["household", "math"], default="household", help="games, or problems to answer")
+    parser.add_argument("--task", choices=["household", "math"], default="household", help="games, or MATH in miniature")
     parser.add_argument("--output_dir", help="models, messages, results, which a second run reuses; default: demo_out, "
                                              "with --task math demo_out_math")
     parser.add_argument("--seed", type=int, default=0, help="of the models and of everything drawn")

@@ -322,7 +322,7 @@ def evaluate(args):
             raise UserError("--instruction_file is for --env alfworld; another game writes its own first turn")
         game = functools.partial(game, read_instruction(args.instruction_file))
     cross = open_shards(args.cross_hidden_data) if args.cross_hidden_data else None
-    paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross)
+    paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross, args.trust_remote_code)
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS} | {
         "weights": {path: fingerprint(path) for path in infos}}
     check_settings(args.output_path, settings, "--output_path")

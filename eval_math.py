@@ -272,7 +272,7 @@ def evaluate(args):
         task["level"] = str(task.get("level", "")).removeprefix("Level ")
         task["type"] = str(task.get("type", ""))
     cross = open_shards(args.cross_hidden_data) if args.cross_hidden_data else None
-    paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross)
+    paths, infos = actor_of(variants, args.model_path, args.baseline_path, cross, args.trust_remote_code)
     settings = {k: v for k, v in vars(args).items() if k in SETTINGS} | {
         "weights": {path: fingerprint(path) for path in infos}}
     check_settings(args.output_dir, settings, "--output_dir")

@@ -458,6 +458,8 @@ def load_config(path, trust_remote_code=False):
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
     except (OSError, ValueError, KeyError) as e:
+        if "trust_remote_code" in str(e):
+            raise UserError(f"{path} ships code of its own: read it, then give --trust_remote_code true") from None
         raise UserError(f"no model at {path}: {str(e).splitlines()[0]}") from None
 
 

@@ -2,6 +2,7 @@
 import argparse
 import csv
 import json
+import math
 import os
 import shutil
 
@@ -290,6 +291,18 @@ def reference(world, tmp_path_factory):
 def test_memory_flags_change_no_result(world, reference, tmp_path, more):
     main(argv(world, tmp_path / "o", *more))
     assert_same_curve(tmp_path / "o", reference)
+
+
+def test_schedule_and_optimizer_flags(world, tmp_path):
+    out = tmp_path / "o"
+    flags = argv(world, out, "--num_train_epochs", 4.5, "--warmup_ratio", 0.5, "--adam_beta2", 0.9, "--eval_ratio", 0)
+    n = flags.index("--max_steps")
+    main(flags[:n] + flags[n + 2:])
+    rates = column(out, "lr")
+    steps = len(rates)
+    assert steps == math.ceil(4.5 * N / 4) and rates.index(max(rates)) == round(steps / 2) - 1
+    groups = torch.load(out / f"checkpoint-{steps}" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert all(group["betas"][1] == 0.9 for group in groups)
 
 
 def test_compiled_layers_change_no_result(world, reference, tmp_path, monkeypatch):

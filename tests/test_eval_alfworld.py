@@ -413,6 +413,11 @@ def test_killed_by_sigkill_and_started_again(world, tmp_path, forked):
     assert results[0] == results[1]
 
 
+def test_timing_can_be_left_out(world, tmp_path):
+    main(argv(world, tmp_path / "o", "--enable_timing", "false", "--variants", "no_comm", "--num_episodes", 1))
+    assert "performance_metrics.csv" not in os.listdir(tmp_path / "o") and "results.csv" in os.listdir(tmp_path / "o")
+
+
 def test_two_ranks_equal_one(world, tmp_path, forked):
     sender = save_model(tmp_path / "sender", "qwen2", width=WIDTH, seed=7)
     flags = ["--variants", "none", "no_comm", "--batch_size", 4, "--sender", sender, "--latent_steps", 2]

@@ -8,11 +8,16 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from safetensors.torch import load_file
 
+import collect
+import compress
+import eval_alfworld
+import eval_math
+import train_actor
 from common import UserError
 from data import Conversations
 from model import (BOP, EOP, LatentShards, add_markers, assemble, collate, encode_conversation, end_of_turn, open_shards,
                    reply_lead, special_ids, to_messages)
-from tiny import CHATML, SPECIAL, make_data, make_tokenizer
+from tiny import CHATML, SPECIAL, make_data, make_tokenizer, save_model, write_tasks
 
 SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TOKENIZERS = {kind: make_tokenizer(kind) for kind in SPECIAL}
@@ -138,3 +143,36 @@ def test_a_pickle_is_not_run(folder):
     with pytest.raises(UserError, match="id t1"):
         conversations_of(folder, rows)
     assert not os.path.exists(folder / "pwned")
+
+
+def test_a_models_own_code_runs_only_with_the_flag(folder, refuses):
+    """--trust_remote_code, in every script."""
+    model, tasks = folder / "with_code", folder / "tasks.json"
+    save_model(model)
+    (model / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n"
+                                  "from transformers import Qwen2Config, Qwen2ForCausalLM\n"
+                                  "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+                                  "class Own(Qwen2ForCausalLM):\n    config_class = OwnConfig\n")
+    config = json.loads((model / "config.json").read_text()) | {
+        "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(config))
+    write_tasks(tasks, 1)
+    data, out = folder / "data", ["--output_dir", folder / "o"]
+    train = ["--train_file", data / "train.json", "--hidden_data", data / "messages"]
+    collecting = ["custom", "--model_name_or_path", model, "--dataset_path", tasks, *out, "--max_new_tokens", 2]
+    for script, argv in [
+            (collect, collecting), (train_actor, ["--model_name_or_path", model, *train, *out]),
+            (compress, ["--teacher_model_name_or_path", model, "--student_model_name_or_path", model, *train, *out]),
+            (eval_alfworld, ["--model_path", model, "--env", "test_eval_alfworld:Game", "--split", "test", "--variants", "no_comm",
+                             "--output_path", folder / "o"]),
+            (eval_math, ["--model_path", model, "--dataset", write_problem(folder), "--variants", "no_comm", *out])]:
+        refuses(script.main, argv, str(model), "--trust_remote_code true")
+    assert not os.path.exists(folder / "ran")
+    collect.main([str(a) for a in [*collecting, "--trust_remote_code", "true"]])
+    assert os.path.exists(folder / "ran") and len(LatentShards(str(folder / "o"))) == 1
+
+
+def write_problem(folder):
+    path = folder / "problem.json"
+    path.write_text(json.dumps([{"id": "1", "problem": "1 + 1", "solution": "\\boxed{2}"}]))
+    return path

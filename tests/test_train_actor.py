@@ -100,6 +100,26 @@ def test_memory_flags_change_no_result(world, reference, tmp_path, more):
     assert_same_curve(tmp_path / "o", reference)
 
 
+def test_schedule_and_optimizer_flags(world, tmp_path):
+    out = tmp_path / "o"
+    flags = argv(
+        world, out, "--num_train_epochs", 4.5, "--warmup_ratio", 0.5, "--adam_beta2", 0.9, "--adapter_learning_rate", 0.1,
+        "--adapter_scale", 3, "--adapter_output_scale", 5, "--eval_ratio", 0)
+    n = flags.index("--max_steps")
+    main(flags[:n] + flags[n + 2:])
+    steps = math.ceil(4.5 * N / 4)
+    assert column(out, "step") == list(range(1, steps + 1))
+    warmup, rates = round(steps / 2), column(out, "lr")
+    assert rates[:warmup] == pytest.approx([1e-3 * (k + 1) / warmup for k in range(warmup)], rel=1e-4)
+    assert rates[warmup - 1] == max(rates) and 0 < rates[-1] < rates[-2]  # then a cosine down
+    groups = torch.load(out / f"checkpoint-{steps}" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert all(group["betas"][1] == 0.9 for group in groups)
+    assert groups[2]["lr"] == pytest.approx(100 * groups[0]["lr"])  # the adapter's own
+    adapter = load_file(out / "latent_adapter.safetensors")
+    for name, start in (("projection.scale", 3), ("projection.output_scale", 5)):
+        assert adapter[name].item() == pytest.approx(start, abs=1.0) and adapter[name].item() != start  # learned from there
+
+
 def test_compiled_layers_change_no_result(world, reference, tmp_path, monkeypatch):
     compiled, compile_layer = [], torch.nn.Module.compile
 
