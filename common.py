@@ -114,10 +114,11 @@ def atomic_path(path):
         sync(os.path.dirname(os.path.abspath(path)))
     except Exception as e:
         # a full disk speaks differently through each library: tokenizers raise an Exception, torch.save a RuntimeError
-        if not isinstance(e, (OSError, SafetensorError)) and not re.search("os error|PytorchStream|unexpected pos", str(e)):
+        known = isinstance(e, (OSError, SafetensorError)) or re.search("os error|PytorchStream|unexpected pos", str(e))
+        if not known:
             raise
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; nothing written before is lost: make room, then "
-                        f"start the same command again") from e
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}; nothing written before is lost: make room, "
+                        f"then start the same command again") from e
     finally:
         remove(temporary)
 

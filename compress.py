@@ -2,7 +2,7 @@
 Stage 3: a student sender learns to say the message in K latent steps, judged by a frozen actor.
 
   python compress.py --teacher_model_name_or_path actor --student_model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
-      --train_file alfworld_sft.json --task_turn 2 --hidden_data messages --output_dir student --K 8 --learning_rate 5e-5
+      --train_file alfworld_sft.json --task_turn 2 --hidden_data messages --output_dir student --K 8
   torchrun --nproc_per_node 8 compress.py (the same flags): the same result
   python collect.py alfworld --model_name_or_path student --latent_steps 8 ...      then writes its messages
 
@@ -38,13 +38,14 @@ def get_args(argv):
     parser = Parser(prog="compress.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     g = parser.add_argument_group("model")
-    g.add_argument("--teacher_model_name_or_path", required=True, help="actor directory of train_actor.py; stays frozen")
+    g.add_argument("--teacher_model_name_or_path", required=True, help="an actor directory; it stays frozen")
     g.add_argument("--student_model_name_or_path", required=True, help="the sender to start from: any causal LM")
     g.add_argument("--K", type=positive, default=128, help="latent steps")
-    g.add_argument("--prompt_template", default=PRESETS["alfworld"][0], help="what the student is asked; {task} is replaced")
+    g.add_argument("--prompt_template", default=PRESETS["alfworld"][0],
+                   help="what the student is asked; {task} is replaced (MATH: collect.py's prompt for it)")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the models ship")
     g = parser.add_argument_group("data")
-    g.add_argument("--train_file", required=True, help=".json or .jsonl with id and conversations, as in train_actor.py")
+    g.add_argument("--train_file", required=True, help="conversations, as in train_actor.py")
     g.add_argument("--hidden_data", required=True, help="full messages of the sender the actor was trained on")
     g.add_argument("--task_turn", type=int, default=0, help="fold turns 0 and N into the first human turn (ETO: 2)")
     g.add_argument("--eval_file", help="held-out rows, same format")
@@ -54,32 +55,32 @@ def get_args(argv):
     g = parser.add_argument_group("loss")
     g.add_argument("--lambda_task", type=float, default=1.0, help="weight of CE(A) (paper and released code: 1)")
     g.add_argument("--lambda_kl", type=float, default=1.0, help="weight of the KL term (paper 1, released code 0.1)")
-    g.add_argument("--lambda_align", type=float, default=1.0, help="weight of the alignment (paper 1, released code 0.1)")
+    g.add_argument("--lambda_align", type=float, default=1.0, help="weight of alignment (paper 1, released code 0.1)")
     g.add_argument("--kl_temperature", type=float, default=4.0, help="T of the KL term")
     g = parser.add_argument_group("optimization")
     g.add_argument("--num_train_epochs", type=float, default=3, help="passes over the data")
     g.add_argument("--max_steps", type=positive, help="optimizer steps, instead of epochs")
     g.add_argument("--learning_rate", type=float, default=5e-5, help="peak, then cosine to 0")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
-    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squared gradients; short runs: 0.95")
+    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squares; short runs: 0.95")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
     g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
-    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
+    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory only")
     g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute the actor's activations")
     g.add_argument("--fsdp", type=boolean, default=False, help="shard parameters, gradients and Adam over the ranks")
-    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the actor's layers (a growing cache would be "
-                                                                      "compiled anew at each of the student's steps)")
+    g.add_argument("--compile", type=boolean, default=False,
+                   help="torch.compile the actor's layers (the student's cache grows: compiled anew each step)")
     g.add_argument("--seed", type=int, default=0, help="of the order")
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", required=True, help="the student directory")
     g.add_argument("--logging_steps", type=positive, default=1, help="a log line every N steps (the csv has them all)")
     g.add_argument("--eval_steps", type=positive, default=500, help="evaluate every N steps, and at the end")
     g.add_argument("--save_steps", type=positive, default=500, help="checkpoint every N steps, and at the end")
-    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep; the best model is kept besides")
+    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep, besides the best")
     g.add_argument("--early_stopping_patience", type=int, default=0, help="stop after N evaluations without a new best")
-    g.add_argument("--resume", default="auto", help="auto: from the last checkpoint if any; never; or a checkpoint's path")
+    g.add_argument("--resume", default="auto", help="auto: from the last checkpoint; never; or a checkpoint's path")
     return parser, parser.parse_args(argv)
 
 
@@ -208,8 +209,9 @@ def train(args):
     shards = open_shards(args.hidden_data)
     for name, width in ((args.student_model_name_or_path, config.hidden_size), (args.hidden_data, shards.hidden_size)):
         if width != info["sender_hidden_size"]:
-            raise UserError(f"the adapter of {args.teacher_model_name_or_path} reads states {info['sender_hidden_size']} wide, "
-                            f"{name} is {width}: give the sender (or its size) that the actor was trained on")
+            raise UserError(f"the adapter of {args.teacher_model_name_or_path} reads states "
+                            f"{info['sender_hidden_size']} wide, {name} is {width}: give the sender (or "
+                            f"its size) that the actor was trained on")
     teacher_tokenizer = load_tokenizer(args.teacher_model_name_or_path, args.trust_remote_code)
     args.message, args.plan_announcement = "latent", info["plan_announcement"]
     max_length = min(args.model_max_length, getattr(teacher_config, "max_position_embeddings", 2**31))
@@ -257,9 +259,9 @@ def train(args):
         clean(args, checkpoint, best_source, state["best_step"])
         log, writer = open_log(csv_path, COLUMNS, state["step"])
         rows = sum(data.message_rows[n] for n in train_rows) / len(train_rows)
-        print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of {args.global_batch_size} "
-              f"on {world} x {device.split(':')[0]}: {rows:.1f} rows per message become {args.K}"
-              + (f", continuing at step {state['step']}" if checkpoint else ""))
+        print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of "
+              f"{args.global_batch_size} on {world} x {device.split(':')[0]}: {rows:.1f} rows per message become "
+              f"{args.K}" + (f", continuing at step {state['step']}" if checkpoint else ""))
         if not checkpoint:
             print(f"first prompt of the student: {tokenizer.decode(prompts[train_rows[0]])}")
 
@@ -270,7 +272,8 @@ def train(args):
             with atomic_path(os.path.join(args.output_dir, name)) as temporary:
                 student.save(temporary, weights)
                 tokenizer.save_pretrained(temporary)
-                write_json(os.path.join(temporary, "latent_bridge.json"), {"K": args.K, "prompt_template": args.prompt_template})
+                write_json(os.path.join(temporary, "latent_bridge.json"),
+                           {"K": args.K, "prompt_template": args.prompt_template})
                 if resumable:
                     torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
                     write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
@@ -283,7 +286,8 @@ def train(args):
         samples = [train_rows[p] for _, p in global_batch(step, len(train_rows), args.global_batch_size, args.seed)]
         n_labels = sum(data.n_labels[n] for n in samples)  # over all ranks and accumulation steps
         mine = sorted(samples, key=lambda n: data.lengths[n])[rank::world]
-        micro = [mine[i:i + args.per_device_train_batch_size] for i in range(0, len(mine), args.per_device_train_batch_size)]
+        size = args.per_device_train_batch_size
+        micro = [mine[i:i + size] for i in range(0, len(mine), size)]
         torch.manual_seed(seed_for("dropout", args.seed, step, rank))  # a restart needs no saved RNG state
         sums = torch.zeros(2 + len(LOSS_TERMS), dtype=torch.float64, device=device)
         for m, part in enumerate(micro):
@@ -293,7 +297,8 @@ def train(args):
                     loss, terms = compression_loss(
                         actor, latents, rows=[placeholder(data, n, latents) for n in part],
                         data_rows=[data.row(n, "latent") for n in part],  # every row of it; the released code keeps K
-                        none_rows=[assemble(*silent[n]) for n in part], n_labels=n_labels, n_samples=len(samples), args=args)
+                        none_rows=[assemble(*silent[n]) for n in part], n_labels=n_labels,
+                        n_samples=len(samples), args=args)
                 (loss * world).backward()  # ranks are averaged
             sums[1:] += torch.cat([loss.detach()[None], terms])
             seen_tokens += sum(len(prompts[n]) + args.K for n in part)
@@ -301,8 +306,9 @@ def train(args):
         preempted, loss, *terms = all_reduce(sums).tolist()
         grad_norm = clip_gradients(trained, args.max_grad_norm)
         if not math.isfinite(loss + grad_norm):
-            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
-                            f"{', '.join(data.ids[n] for n in samples)}. Lower --learning_rate, or look at their messages")
+            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. "
+                            f"Samples: {', '.join(data.ids[n] for n in samples)}. "
+                            f"Lower --learning_rate, or look at their messages")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * lr_scale(step, max_steps, warmup)
         optimizer.step()
@@ -310,11 +316,13 @@ def train(args):
         state["step"] = step + 1
 
         # evaluate, log, save
-        record = {"step": step + 1, "epoch": round((step + 1) * args.global_batch_size / len(train_rows), 3), "loss": loss,
-                  **dict(zip(LOSS_TERMS, terms)), "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        epoch = (step + 1) * args.global_batch_size / len(train_rows)
+        record = {"step": step + 1, "epoch": round(epoch, 3), "loss": loss, **dict(zip(LOSS_TERMS, terms)),
+                  "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
         last = step + 1 == max_steps
         if eval_rows and ((step + 1) % args.eval_steps == 0 or last):
-            record["eval_loss"] = evaluate(actor, student, eval_data, eval_prompts, eval_rows, args, device, rank, world)
+            record["eval_loss"] = evaluate(actor, student, eval_data, eval_prompts, eval_rows, args, device, rank,
+                                           world)
             best = record["eval_loss"] < state["best_eval_loss"]
             state["bad_evals"] = 0 if best else state["bad_evals"] + 1
             if best:

@@ -166,17 +166,18 @@ class Conversations:
                     rows = len(self.latents(n)) if self.inline(record) else shards.lengths[row_id]
                     width = self.latents(n).shape[1] if self.inline(record) else shards.hidden_size
                     if width != (self.width or width):
-                        raise UserError(f"{where}: its message is {width} wide, expected {self.width}: one actor reads one sender")
+                        raise UserError(f"{where}: its message is {width} wide, expected {self.width}: one actor reads "
+                                        f"one sender")
                     self.width = width
                 else:
                     rows = len(plan_ids)
             if rows > args.prepended_length:
-                raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length {args.prepended_length}: "
-                                f"raise it, or collect with --c {args.prepended_length}")
+                raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length "
+                                f"{args.prepended_length}: raise it, or collect with --c {args.prepended_length}")
             length = len(before) + max(rows, len(plan_ids)) + len(after)
             if length > max_length:
-                raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten "
-                                f"the row, or raise --model_max_length if the model allows it")
+                raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: "
+                                f"shorten the row, or raise --model_max_length if the model allows it")
             # what the sender was asked tells tasks apart, even where all actors are asked the same
             self.tasks.append(stored.get("task") or next(m["content"] for m in messages if m["role"] == "user"))
             self.messages.append(messages)
@@ -317,7 +318,8 @@ def open_messages(args, directory, collect, command):
         suffix = f"_k{steps}" if steps else ""
         output_dir = os.path.join(directory, "messages" + suffix)
         collect([*command, "--model_name_or_path", args.sender, "--output_dir", output_dir,
-                 "--trust_remote_code", str(args.trust_remote_code), "--torch_dtype", args.torch_dtype, "--batch_size", str(args.sender_batch_size),
+                 "--trust_remote_code", str(args.trust_remote_code), "--torch_dtype", args.torch_dtype,
+                 "--batch_size", str(args.sender_batch_size),
                  "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
                  *(["--latent_steps", str(steps)] if steps else []),
                  *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])

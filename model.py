@@ -166,7 +166,7 @@ def plan_ids_for(tokenizer, plan, plan_token_ids):
 # 2. Adapter: sender states -> actor embeddings
 
 class AdaptiveProjection(nn.Module):
-    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o, with s and g learned scalars. (B, L, D) -> same."""
+    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned scalars. (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim, scale=0.2, output_scale=0.1):
         super().__init__()
@@ -432,7 +432,7 @@ class LatentActor(nn.Module):
             try:
                 adapter.load_state_dict(load_file(os.path.join(directory, "latent_adapter.safetensors")))
             except (OSError, SafetensorError, RuntimeError) as e:
-                raise UserError(f"{directory}/latent_adapter.safetensors does not fit latent_adapter.json: {e}") from None
+                raise UserError(f"{directory}: latent_adapter.safetensors does not fit its .json: {e}") from None
             adapter.to(lm.dtype)
         return cls(lm, tokenizer, adapter, info).to(device).eval()
 
@@ -467,9 +467,10 @@ def load_lm(path, dtype="fp32", trust_remote_code=False):
     """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32)."""
     load_config(path, trust_remote_code)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code).eval()
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"cannot load the model at {path}: {str(e).splitlines()[0]}") from None
+    return lm.eval()
 
 
 def add_markers(tokenizer):
@@ -479,7 +480,7 @@ def add_markers(tokenizer):
 
 
 def init_markers(lm, new_ids):
-    """Give new tokens rows at the mean of the table, in and out; the table grows only if it must (Qwen's has spares)."""
+    """Give new tokens rows at the mean of the table, in and out; it grows only if it must (Qwen's has spares)."""
     if not new_ids:
         return
     if max(new_ids) >= lm.get_input_embeddings().weight.shape[0]:
@@ -616,7 +617,8 @@ class LatentShards:
 
     @paused_gc()
     def __init__(self, directory):
-        self.directory, self.sender, self.shard_of, self.records, self.lengths, self.open = directory, None, {}, {}, {}, {}
+        self.directory, self.sender, self.open = directory, None, {}
+        self.shard_of, self.records, self.lengths = {}, {}, {}
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
         for name in (n for n in names if n.endswith(".safetensors")):
             path = os.path.join(directory, name)
@@ -625,14 +627,16 @@ class LatentShards:
                 self.sender = sender
             elif sender != self.sender:
                 differ = [k for k in {**sender, **self.sender} if sender.get(k) != self.sender.get(k)]
-                raise UserError(f"{directory} mixes senders: {name} differs from the first shard in {', '.join(differ)}; "
-                                f"keep one sender per directory")
+                raise UserError(f"{directory} mixes senders: {name} differs from the first shard in "
+                                f"{', '.join(differ)}; keep one sender per directory")
             for task_id, record in records.items():
                 shape = header.get(task_id, {}).get("shape")
                 if not isinstance(shape, list) or len(shape) != 2 or shape[1] != sender["hidden_size"]:
-                    raise UserError(f"{path}: id {task_id}: expected a tensor (L, {sender['hidden_size']}), found {shape}")
+                    raise UserError(f"{path}: id {task_id}: expected a tensor (L, {sender['hidden_size']}), found "
+                                    f"{shape}")
                 if task_id in self.shard_of:
-                    raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the shards")
+                    raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the "
+                                    f"shards")
                 self.shard_of[task_id], self.records[task_id], self.lengths[task_id] = path, record, shape[0]
 
     @staticmethod
@@ -677,8 +681,8 @@ class LatentShards:
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path}: id {task_id} cannot be read: {e}: delete the shard and collect again") from None
         if not torch.isfinite(latents).all():
-            raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect again, "
-                            f"in bf16 or fp32 if the sender overflows fp16")
+            raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect "
+                            f"again, in bf16 or fp32 if the sender overflows fp16")
         return latents
 
 

@@ -36,19 +36,19 @@ def get_args(argv):
     parser = Parser(prog="train_actor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     g = parser.add_argument_group("model")
-    g.add_argument("--model_name_or_path", required=True, help="the actor to start from: any causal LM with a chat template")
+    g.add_argument("--model_name_or_path", required=True, help="any causal LM with a chat template")
     g.add_argument("--message", choices=["latent", "text", "none"], default="latent",
                    help="what stands between <bop> and <eop>; text and none are the baselines CoT (full) and No-CoT")
-    g.add_argument("--plan_announcement", default=PLAN_ANNOUNCEMENT, help="sentence before <bop>; stored with the actor")
+    g.add_argument("--plan_announcement", default=PLAN_ANNOUNCEMENT, help="stands before <bop>; kept with the actor")
     g.add_argument("--num_heads", type=positive, default=8, help="attention heads of the adapter")
     g.add_argument("--adapter_dropout", type=float, default=0.1, help="dropout in the adapter's attention")
     g.add_argument("--adapter_scale", type=float, default=0.2, help="start of the learned input scale s")
-    g.add_argument("--adapter_output_scale", type=float, help="start of the learned output scale g; default: RMS of the "
-                                                              "actor's token embeddings / s")
+    g.add_argument("--adapter_output_scale", type=float,
+                   help="start of the learned output scale g; default: RMS of the actor's token embeddings / s")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
     g = parser.add_argument_group("data")
-    g.add_argument("--train_file", required=True, help=".json or .jsonl with id and conversations (and plan, hidden_state "
-                                                       "or hidden_state_path, if not from --hidden_data)")
+    g.add_argument("--train_file", required=True, help=".json or .jsonl with id and conversations (and plan, "
+                   "hidden_state or hidden_state_path, if not from --hidden_data)")
     g.add_argument("--hidden_data", help="--output_dir of collect.py: messages and plans by id")
     g.add_argument("--task_turn", type=int, default=0, help="fold turns 0 and N into the first human turn (ETO: 2)")
     g.add_argument("--eval_file", help="held-out rows, same format")
@@ -68,11 +68,11 @@ def get_args(argv):
     g.add_argument("--learning_rate", type=float, default=1e-5, help="peak, then cosine to 0")
     g.add_argument("--adapter_learning_rate", type=float, help="peak for the adapter; default: --learning_rate")
     g.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up linearly")
-    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squared gradients; short runs: 0.95")
+    g.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's memory of squares; short runs: 0.95")
     g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
     g.add_argument("--global_batch_size", type=positive, default=16, help="samples per optimizer step, over all ranks")
-    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory, not results")
+    g.add_argument("--per_device_train_batch_size", type=positive, default=4, help="samples per pass: memory only")
     g.add_argument("--per_device_eval_batch_size", type=positive, default=8, help="samples per evaluation pass")
     g.add_argument("--gradient_checkpointing", type=boolean, default=False, help="recompute activations: less memory")
     g.add_argument("--fsdp", type=boolean, default=False, help="shard parameters, gradients and Adam over the ranks")
@@ -83,9 +83,9 @@ def get_args(argv):
     g.add_argument("--logging_steps", type=positive, default=1, help="a log line every N steps (the csv has them all)")
     g.add_argument("--eval_steps", type=positive, default=500, help="evaluate every N steps, and at the end")
     g.add_argument("--save_steps", type=positive, default=500, help="checkpoint every N steps, and at the end")
-    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep; the best model is kept besides")
+    g.add_argument("--save_total_limit", type=positive, default=2, help="checkpoints to keep, besides the best")
     g.add_argument("--early_stopping_patience", type=int, default=0, help="stop after N evaluations without a new best")
-    g.add_argument("--resume", default="auto", help="auto: from the last checkpoint if any; never; or a checkpoint's path")
+    g.add_argument("--resume", default="auto", help="auto: from the last checkpoint; never; or a checkpoint's path")
     return parser, parser.parse_args(argv)
 
 
@@ -173,8 +173,8 @@ def train(args):
     train_tasks = [data.tasks[n] for n in train_rows]
     latent = args.message == "latent"
     if latent and args.random_contrast_weight and len(set(train_tasks)) < 2:
-        raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: add rows "
-                        f"or set --random_contrast_weight 0")
+        raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: add "
+                        f"rows or set --random_contrast_weight 0")
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * len(train_rows) / args.global_batch_size)
     if is_finished(args, state):
         if rank == 0:
@@ -194,10 +194,11 @@ def train(args):
             g = rms / args.adapter_scale if args.adapter_output_scale is None else args.adapter_output_scale
             adapter = HiddenStateProcessor(data.width, config.hidden_size, args.num_heads, args.adapter_dropout,
                                            args.adapter_scale, g)
-            info |= {"sender_hidden_size": data.width, "num_heads": args.num_heads, "sender": shards and shards.sender["model"]}
+            info |= {"sender_hidden_size": data.width, "num_heads": args.num_heads,
+                     "sender": shards and shards.sender["model"]}
             if rank == 0:
-                print(f"adapter {data.width} -> {config.hidden_size}: s = {args.adapter_scale}, g = {g:.3f} (the actor's token "
-                      f"embeddings have RMS {rms:.3f})")
+                print(f"adapter {data.width} -> {config.hidden_size}: s = {args.adapter_scale}, g = {g:.3f} (the "
+                      f"actor's token embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info)
     if latent:
         actor.adapter.attention.dropout = args.adapter_dropout
@@ -224,8 +225,9 @@ def train(args):
     if rank == 0:
         clean(args, checkpoint, best_source, state["best_step"])
         log, writer = open_log(csv_path, COLUMNS, state["step"])
-        print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of {args.global_batch_size} "
-              f"on {world} x {device.split(':')[0]}" + (f", continuing at step {state['step']}" if checkpoint else ""))
+        print(f"{len(train_rows)} training rows, {len(eval_rows)} held out, {max_steps} steps of "
+              f"{args.global_batch_size} on {world} x {device.split(':')[0]}"
+              + (f", continuing at step {state['step']}" if checkpoint else ""))
         if not checkpoint:
             print("first row: " + describe_row(tokenizer, data.row(train_rows[0], args.message)))
 
@@ -247,7 +249,8 @@ def train(args):
         samples = global_batch(step, len(train_rows), args.global_batch_size, args.seed)  # [(draw, position)]
         n_labels = sum(data.n_labels[train_rows[p]] for _, p in samples)  # over all ranks and accumulation steps
         mine = sorted(samples, key=lambda sample: data.lengths[train_rows[sample[1]]])[rank::world]
-        micro = [mine[i:i + args.per_device_train_batch_size] for i in range(0, len(mine), args.per_device_train_batch_size)]
+        size = args.per_device_train_batch_size
+        micro = [mine[i:i + size] for i in range(0, len(mine), size)]
         # the weights follow the last step's losses: known before the pass, the same for any split of the batch
         w_align, w_sep = args.plan_similarity_weight, args.random_contrast_weight
         if args.adaptive_weights and state["last"]:
@@ -277,8 +280,9 @@ def train(args):
         preempted, loss, *terms = all_reduce(sums).tolist()
         grad_norm = clip_gradients(actor.parameters(), args.max_grad_norm)
         if not math.isfinite(loss + grad_norm):
-            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
-                            f"{', '.join(data.ids[train_rows[p]] for _, p in samples)}. Lower --learning_rate, or look at their messages")
+            raise UserError(f"step {step + 1}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. "
+                            f"Samples: {', '.join(data.ids[train_rows[p]] for _, p in samples)}. "
+                            f"Lower --learning_rate, or look at their messages")
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * lr_scale(step, max_steps, warmup)
         optimizer.step()
@@ -286,14 +290,14 @@ def train(args):
         state |= {"step": step + 1, "last": dict(zip(LOSS_TERMS, terms))}
 
         # evaluate, log, save
-        record = {"step": step + 1, "epoch": round((step + 1) * args.global_batch_size / len(train_rows), 3), "loss": loss,
-                  **state["last"], "w_align": w_align, "w_sep": w_sep, "lr": optimizer.param_groups[0]["lr"],
-                  "grad_norm": grad_norm}
+        epoch = (step + 1) * args.global_batch_size / len(train_rows)
+        record = {"step": step + 1, "epoch": round(epoch, 3), "loss": loss, **state["last"], "w_align": w_align,
+                  "w_sep": w_sep, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
         last = step + 1 == max_steps
         if latent and args.infonce_probe_interval and (step + 1) % args.infonce_probe_interval == 0:
             probe_data, probe_rows = (eval_data, eval_rows) if len(eval_rows) > 1 else (data, train_rows)
-            record["infonce"], record["infonce_bound"] = infonce_probe(actor, probe_data, probe_rows, args, device, rank,
-                                                                       world)
+            record["infonce"], record["infonce_bound"] = infonce_probe(actor, probe_data, probe_rows, args, device,
+                                                                       rank, world)
         if eval_rows and ((step + 1) % args.eval_steps == 0 or last):
             record["eval_loss"] = evaluate(actor, eval_data, eval_rows, args, device, rank, world)
             best = record["eval_loss"] < state["best_eval_loss"]

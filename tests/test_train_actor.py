@@ -463,7 +463,8 @@ def first(**fields):
     (first(hidden_state=[[1.0] * 32] * 50, plan="x"), ["id t0", "50 rows", "--prepended_length 20"]),
     (first(conversations=[{"from": "human", "value": "x" * 5000}, {"from": "gpt", "value": "x"}]),
      ["id t0", "context of 4096"]),
-    (lambda rows: [{**r, "conversations": rows[0]["conversations"]} for r in rows], ["tasks are the same", "L_sep"]),
+    (lambda rows: [{**rows[0], "id": f"x{i}", "hidden_state": [[1.0] * 32] * 2, "plan": "x"} for i in range(5)],
+     ["tasks are the same", "L_sep"]),
     (lambda rows: {}, ["list of records"]), (lambda rows: ["x"], ["list of records"]),
     (lambda rows: [], ["no training rows"])])
 def test_bad_rows(world, tmp_path, refuses, change, words):
