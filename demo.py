@@ -421,7 +421,7 @@ def demo(args):
 def main(argv=None):
     parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--task", choices=["household", "math"], default="household", help="games, or MATH in miniature")
+    parser.add_argument("--task", choices=["household", "math"], default="household", help="games or problems")
     parser.add_argument("--output_dir", help="models, messages, results, which a second run reuses; default: demo_out, "
                                              "with --task math demo_out_math")
     parser.add_argument("--seed", type=int, default=0, help="of the models and of everything drawn")

@@ -1,8 +1,9 @@
 """Real processes without paying for torch's import each time.
 
 `python forked.py` imports the scripts once, then reads one job per line and forks it: {"script", "argv", "world": ranks,
-"event": n, "seconds": s, "signal": k, "env": {...}} runs script.main(argv) in each rank; the signal hits the n-th time that
-a rank touches a file of its output ("on": only in this way), or after s seconds. {"shell": command} runs a command.
+"event": n, "seconds": s, "signal": k, "env": {...}, "cwd"} runs script.main(argv) in each rank; the signal hits the n-th
+time that a rank touches a file of its output ("on": only in this way), or after s seconds. {"shell": command} runs a
+command.
 Class Forked is the other end of the pipe."""
 import importlib
 import json
@@ -50,6 +51,7 @@ def child(job, rank, world, port, directory):
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(directory, f"{name}{rank}"), os.O_WRONLY), fd)
     os.environ.update(job.get("env", {}))
+    os.chdir(job.get("cwd", "."))
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))

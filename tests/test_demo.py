@@ -1,12 +1,16 @@
-"""The demo: the household's rules, and every stage through its real script, once, in its fast form."""
+"""The demo: the household's rules, the problems' arithmetic, and every stage of both through its real script."""
 import csv
 import json
 import os
+import random
+import re
 
 import pytest
 
 import demo
+import demo_math
 from demo import LOCATIONS, MAX_STEPS, PLACES, Household, all_tasks, expert, goal, main, plan, search_actions
+from eval_math import extract_answer
 
 NAMES = {"none", "text", "no_comm", "no_comm_base", "cross_task", "randomrot", "search", "k8", "k8_untrained", "keep8"}
 
@@ -169,5 +173,114 @@ def test_other_flags_into_the_same_folder(finished, refuses):
     before = snapshot(finished)
     refuses(main, ["--fast", "--output_dir", finished, "--seed", "1"], finished, "--fresh", "--output_dir")
     refuses(main, ["--output_dir", finished], finished, "--fresh")
+    refuses(main, ["--fast", "--output_dir", finished, "--task", "math"], finished, "--fresh")
     refuses(main, ["--fast", "--output_dir", finished, "--task", "chess"], "--task")
     assert snapshot(finished) == before
+
+
+# ---- MATH in miniature
+
+STEP = {"plus": "+", "minus": "-", "times": "*"}
+
+
+def test_the_solutions_are_right():
+    """The questions, read as text and computed by Python, give what the solutions say."""
+    records = demo_math.records("train", 400) + demo_math.records("test", 200)
+    assert len({r["id"] for r in records}) == len({r["problem"] for r in records}) == 600
+    for record in records:
+        start, *steps = re.findall(r"start (\d)|(plus|minus|times|max|min) (\d)", record["problem"])
+        value = start[0]
+        for _, operation, number in steps:
+            expression = f"{value} {STEP[operation]} {number}" if operation in STEP else f"{operation}({value}, {number})"
+            value = str(eval(expression) % 10)
+        assert extract_answer(record["solution"]) == value and record["level"] == f"Level {len(steps)}"
+        assert {operation for _, operation, _ in steps} <= set(demo_math.SUBJECTS[record["type"]])
+    assert {r["type"] for r in records} == demo_math.SUBJECTS.keys()
+    assert [sum(r["level"] == f"Level {n}" for r in records) for n in demo_math.LEVELS] == [120] * 5
+
+
+def test_held_out_problems_are_never_trained_on():
+    test = {r["problem"] for r in demo_math.records("test", 200)}
+    assert not test & {r["problem"] for r in demo_math.records("train", 600)}
+    seen, rng = set(), random.Random(0)
+    for _ in range(100):
+        prompts = [" ".join(text for text, _ in spans) for spans in demo_math.examples(rng)]
+        seen |= {re.search(r"<user> (.*? mod ten \?)", prompt)[1] for prompt in prompts}
+    assert len(seen) > 1000 and not test & seen
+    drawn = [demo_math.chain(rng, 3) for _ in range(2000)]
+    assert 0.15 < sum(map(demo_math.held_out, drawn)) / 2000 < 0.25
+
+
+def test_the_plan_gives_every_value_but_the_answer():
+    """The answer first appears in the plan of a problem that goes on, and no value can be told from its opposite
+    without their order."""
+    rng = random.Random(0)
+    for _ in range(200):
+        problem = demo_math.chain(rng, rng.randint(1, 4))
+        text, values = demo_math.plan(problem), demo_math.values(problem)
+        longer = demo_math.plan({**problem, "steps": problem["steps"] + [("plus", 1)]})
+        assert longer.startswith(f"{text.removesuffix(' .')} gives {values[-1]} ")
+        for other in range(10):  # a last step that ends elsewhere changes the plan by its number and by nothing else
+            operation, number = problem["steps"][-1]
+            changed = demo_math.plan({**problem, "steps": problem["steps"][:-1] + [(operation, other)]})
+            assert changed.split()[:-2] == text.split()[:-2] and text.split()[-2] == str(number)
+        pairs = re.findall(r"(\d) (\d) (?:first|second|third|fourth)", text)
+        assert [int(value) for value, _ in pairs] == [problem["start"], *values[:-1]]
+        assert all((int(value) + 5) % 10 == int(opposite) for value, opposite in pairs)
+
+
+def test_sender_and_actor_read_the_same_problem_in_known_words():
+    tokenizer = demo_math.tokenizer()
+    for problem in demo_math.problems("test", 100):
+        texts = demo_math.question(problem), demo_math.plan(problem), demo_math.solution(problem)
+        ids = tokenizer(" ".join(texts)).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert extract_answer(tokenizer.decode(ids)) == str(demo_math.values(problem)[-1])
+    sender, actor = (spans[0][0] for spans in (demo_math.examples(random.Random(0))[n] for n in (0, -1)))
+    assert re.fullmatch(r"<user> .* mod ten \? plan \? <eos> <assistant>", sender)
+    assert re.fullmatch(r"<user> .* mod ten \?", actor)
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """The math demo with hardly any training: what it writes, not how good it is."""
+    out = str(tmp_path_factory.mktemp("demo") / "math")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo_math.SETTINGS, True,
+                      {"base": 10, "collect": 40, "problems": 20, "actor": 2, "no message": 2})
+        main(["--task", "math", "--fast", "--output_dir", out])
+        before = snapshot(out)
+        patch.setattr(demo, "train_lm", None)  # not called again
+        main(["--task", "math", "--fast", "--output_dir", out])
+    return out, before
+
+
+def test_math_runs_every_stage(solved):
+    out, _ = solved
+    summary, found = read(out), read(f"{out}/eval")["variants"]
+    names = {"none", "text", "no_comm", "no_comm_base", "cross_task", "randomrot"}
+    assert summary["accuracy"].keys() == summary["interval"].keys() == summary["by_level"].keys() == names
+    assert summary["problems"] == 20
+    for name in names:
+        figures = found["no_cot" if name == "no_comm_base" else name]
+        assert figures["questions"] == 20 and figures["accuracy"] == summary["accuracy"][name]
+        assert figures["message_rows"] == 0 or name not in ("no_comm", "no_comm_base")
+        levels = summary["by_level"][name]
+        assert [levels[str(n)]["questions"] for n in demo_math.LEVELS] == [4] * 5
+        assert sum(cell["accuracy"] for cell in levels.values()) / 5 == pytest.approx(figures["accuracy"])
+        assert sum(cell["questions"] for cell in figures["by_subject"].values()) == 20
+    with open(f"{out}/results.png", "rb") as f:
+        assert f.read(4) == b"\x89PNG"
+
+
+def test_math_reuses_everything(solved):
+    out, before = solved
+    after = snapshot(out)
+    assert after.keys() == before.keys()
+    models = {path for path in before if path.endswith(("loss_log.csv", ".safetensors", ".pt"))}
+    assert sum("loss_log.csv" in path for path in models) == 2 and sum("/messages_" in path for path in models) == 2
+    assert {path: before[path] for path in models} == {path: after[path] for path in models}
+
+
+def test_math_and_household_do_not_share_a_folder(solved, refuses):
+    refuses(main, ["--fast", "--output_dir", solved[0]], solved[0], "--fresh")
