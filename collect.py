@@ -24,15 +24,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import (DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper,
-                          TopPLogitsWarper)
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, positive, remove,
                     run, seed_for, share, write_json)
 from data import load_saved, load_tasks, optional
 from games import sender_tasks
-from model import (DTYPES, LatentSender, LatentShards, end_of_turn, lm_logits, load_config, load_lm, load_tokenizer,
-                   open_shards, render_turn, write_shard)
+from model import (DTYPES, LatentSender, LatentShards, end_of_turn, growing_cache, lm_logits, load_config, load_lm,
+                   load_tokenizer, open_shards, render_turn, write_shard)
 
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
 MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "
@@ -155,7 +154,7 @@ def decode_plans(lm, prompts, seeds, eos_ids, args):
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     tokens, states, ms = [[] for _ in prompts], [[] for _ in prompts], [0.0] * len(prompts)
     live = torch.arange(len(prompts), device=device)  # (b,) row of the batch -> prompt
-    cache = DynamicCache()
+    cache = growing_cache()
     for step in range(args.max_new_tokens):
         start = time.perf_counter()
         out = lm.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,

@@ -27,15 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import collect
 from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, read_json, run, seed_for,
                     wilson_interval, write_json)
 from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
 from games import Crash, GameWorkers, open_split
-from model import (DTYPES, LatentActor, assemble, collate, end_of_turn, lm_logits, open_shards, render_turn,
-                   to_messages)
+from model import (DTYPES, LatentActor, assemble, collate, end_of_turn, growing_cache, lm_logits, open_shards,
+                   render_turn, to_messages)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -110,7 +109,7 @@ class CachedChat:
     each reply is what the row would have said alone."""
 
     def __init__(self, actor):
-        self.lm, self.cache, self.mask = actor.lm, DynamicCache(), None  # mask (B, T), T the cache's length
+        self.lm, self.cache, self.mask = actor.lm, growing_cache(), None  # mask (B, T), T the cache's length
 
     def read(self, inputs_embeds, mask):
         """Append a right-padded block (B, T, D), mask (B, T) -> logits after each row's last real token (B, V)."""

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import collect
 from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, run, seed_for, wilson_interval,
@@ -32,7 +31,7 @@ from common import (Parser, UserError, atomic_path, boolean, fingerprint, positi
 from data import (VARIANTS, actor_of, check_settings, label_sources, load_tasks, message_row, open_messages,
                   variants_of)
 from math_answers import extract_answer, is_equiv, load_grader
-from model import DTYPES, LatentActor, collate, end_of_turn, lm_logits, open_shards
+from model import DTYPES, LatentActor, collate, end_of_turn, growing_cache, lm_logits, open_shards
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -96,7 +95,7 @@ def generate(actor, rows, uniforms, args):
     stop = {end_of_turn(actor.tokenizer)[-1], actor.tokenizer.eos_token_id} - {None}
     stop = torch.tensor(sorted(stop), device=device)
     ids, ms, errors = [[] for _ in rows], [0.0] * len(rows), [None] * len(rows)
-    batch, cache = collate(rows, device), DynamicCache()
+    batch, cache = collate(rows, device), growing_cache()
     inputs_embeds, mask = actor.embed(batch), batch["attention_mask"]  # (b, T, D), (b, T)
     if mask.sum(1).max() >= limit:
         raise ValueError(f"a prompt of {mask.sum(1).max()} tokens fills the actor's context of {limit}")

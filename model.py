@@ -25,7 +25,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
@@ -263,7 +264,7 @@ def kl_divergence(log_p, log_q):
 def js_divergence(log_p, log_q):
     """Jensen-Shannon divergence per position, 0 <= JS <= ln 2, symmetric. (N, V), (N, V) -> (N,).
     The released code swaps KL's arguments, which is neither bounded nor JS."""
-    with torch.no_grad():  # JS is stationary in the mixture, so its gradient there is zero: half the work, the same result
+    with torch.no_grad():  # JS is stationary in the mixture: no gradient comes from there, so none is computed
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return 0.5 * (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m))
 
@@ -342,8 +343,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
 def head_loss(lm, hidden_states, loss_fn, chunk=None):
     """Sum over positions of loss_fn(logits (n, V) fp32, slice) -> (loss, stats). hidden_states (N, D)."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
-    # (chunk, V) in fp32 takes 64 MB; on a CPU 16 MB: malloc gives what is over 32 MB back at once, and each use of fresh
-    # pages costs more than the arithmetic on them
+    # (chunk, V) in fp32 takes 64 MB; on a CPU 16 MB: what is over 32 MB malloc gives back at once, and using fresh pages
+    # each time costs more than the arithmetic on them
     chunk = chunk or max(16, 2 ** (24 if hidden_states.is_cuda else 22) // head.weight.shape[0])
     return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn, chunk)
 
@@ -487,6 +488,35 @@ def init_markers(lm, new_ids):
         lm.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
     for table in {id(t.weight): t for t in (lm.get_input_embeddings(), lm.get_output_embeddings())}.values():
         table.weight.data[new_ids] = table.weight.data[:min(new_ids)].mean(0)
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's KV cache with spare room: new tokens are written in place, where transformers' own layer copies all
+    that it holds for each of them (up to half the time of a long conversation). For decoding without gradients."""
+    room = None  # two tensors (B, heads, capacity, D); keys and values are views of their first columns
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, states = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            self.room = [x.new_empty(*x.shape[:2], end + max(64, end // 4), x.shape[-1]) for x in states]
+            if start:
+                self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
+        for room, new in zip(self.room, states):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None  # keys and values are now copies of their own
+
+
+def growing_cache():
+    """An empty KV cache for decoding without gradients, in place of DynamicCache."""
+    return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

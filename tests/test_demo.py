@@ -191,8 +191,8 @@ def test_the_solutions_are_right():
         start, *steps = re.findall(r"start (\d)|(plus|minus|times|max|min) (\d)", record["problem"])
         value = start[0]
         for _, operation, number in steps:
-            expression = f"{value} {STEP[operation]} {number}" if operation in STEP else f"{operation}({value}, {number})"
-            value = str(eval(expression) % 10)
+            sign = STEP.get(operation)
+            value = str(eval(f"{value} {sign} {number}" if sign else f"{operation}({value}, {number})") % 10)
         assert extract_answer(record["solution"]) == value and record["level"] == f"Level {len(steps)}"
         assert {operation for _, operation, _ in steps} <= set(demo_math.SUBJECTS[record["type"]])
     assert {r["type"] for r in records} == demo_math.SUBJECTS.keys()
