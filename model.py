@@ -343,8 +343,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
 def head_loss(lm, hidden_states, loss_fn, chunk=None):
     """Sum over positions of loss_fn(logits (n, V) fp32, slice) -> (loss, stats). hidden_states (N, D)."""
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
-    # (chunk, V) in fp32 takes 64 MB; on a CPU 16 MB: what is over 32 MB malloc gives back at once, and using fresh pages
-    # each time costs more than the arithmetic on them
+    # (chunk, V) in fp32 takes 64 MB; on a CPU 16 MB: malloc gives back at once what is over 32 MB, and fresh pages each
+    # time cost more than the arithmetic on them
     chunk = chunk or max(16, 2 ** (24 if hidden_states.is_cuda else 22) // head.weight.shape[0])
     return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn, chunk)
 
