@@ -30,8 +30,8 @@ from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch
                     run, seed_for, share, write_json)
 from data import load_saved, load_tasks, optional
 from games import sender_tasks
-from model import (DTYPES, LatentSender, LatentShards, end_of_turn, growing_cache, lm_logits, load_config, load_lm,
-                   load_tokenizer, open_shards, render_turn, write_shard)
+from lm import DTYPES, growing_cache, lm_logits, load_config, load_lm, load_tokenizer
+from model import LatentSender, LatentShards, end_of_turn, open_shards, render_turn, write_shard
 
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
 MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "

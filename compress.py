@@ -24,8 +24,9 @@ from collect import PRESETS, left_pad
 from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, positive, run, seed_for,
                     write_json)
 from data import Conversations, global_batch, read_info, split_eval
+from lm import lm_logits, load_config, load_tokenizer
 from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
-                   lm_logits, load_config, load_tokenizer, open_shards, render_turn)
+                   open_shards, render_turn)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
                       full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log,
                       plot, prune, publish, ranks)

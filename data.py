@@ -17,8 +17,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from common import UserError, is_text, read_json, seed_for
-from model import (BOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, another_task, assemble, encode_conversation, load_config,
-                   load_tokenizer, open_shards, perturb, plan_ids_for, render_turn, to_messages)
+from lm import load_config, load_tokenizer
+from model import (BOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, another_task, assemble, encode_conversation, open_shards,
+                   perturb, plan_ids_for, render_turn, to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Tasks

@@ -33,8 +33,8 @@ from common import (Parser, UserError, atomic_path, boolean, fingerprint, positi
                     wilson_interval, write_json)
 from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
 from games import Crash, GameWorkers, open_split
-from model import (DTYPES, LatentActor, assemble, collate, end_of_turn, growing_cache, lm_logits, open_shards,
-                   render_turn, to_messages)
+from lm import DTYPES, growing_cache, lm_logits
+from model import LatentActor, assemble, collate, end_of_turn, open_shards, render_turn, to_messages
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -31,7 +31,8 @@ from common import (Parser, UserError, atomic_path, boolean, fingerprint, positi
 from data import (VARIANTS, actor_of, check_settings, label_sources, load_tasks, message_row, open_messages,
                   variants_of)
 from math_answers import extract_answer, is_equiv, load_grader
-from model import DTYPES, LatentActor, collate, end_of_turn, growing_cache, lm_logits, open_shards
+from lm import DTYPES, growing_cache, lm_logits
+from model import LatentActor, collate, end_of_turn, open_shards
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -10,7 +10,8 @@ from safetensors import safe_open
 import collect
 from collect import main
 from common import atomic_path
-from model import LatentSender, LatentShards, load_lm
+from lm import load_lm
+from model import LatentSender, LatentShards
 from test_eval_alfworld import Game
 from tiny import make_data, make_lm, make_tokenizer, save_model, write_tasks
 

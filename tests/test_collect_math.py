@@ -9,7 +9,8 @@ import torch
 import collect
 from collect import main
 from data import load_tasks
-from model import DTYPES, LatentShards, write_shard
+from lm import DTYPES
+from model import LatentShards, write_shard
 from test_eval_math import SUBJECTS, write_math
 from tiny import save_model
 

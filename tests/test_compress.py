@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import collect
 import compress
 from compress import LOSS_TERMS, compression_loss, kl_weights, load_teacher, main
+from lm import load_tokenizer
 from model import (BOP, EOP, PLAN_ANNOUNCEMENT, LatentActor, LatentSender, LatentShards, assemble, encode_conversation,
-                   load_tokenizer, to_messages)
+                   to_messages)
 from tiny import make_actor, make_data, save_model
 from transformers import AutoModelForCausalLM
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import model
 from common import UserError, atomic_path, read_json, seed_for, wilson_interval, write_text
+from lm import lm_logits
 from model import (BOP, EOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, LatentSender,
                    LatentShards, add_markers, another_task, assemble, collate, embedding_rms, encode_conversation,
-                   end_of_turn, head_loss, init_markers, js_divergence, kl_divergence, lm_logits, open_shards, perturb,
+                   end_of_turn, head_loss, init_markers, js_divergence, kl_divergence, open_shards, perturb,
                    plan_ids_for, plan_similarity, render_turn, reply_lead, special_ids, text_ids, to_messages,
                    write_shard)
 from tiny import make_lm, make_tokenizer
