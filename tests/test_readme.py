@@ -102,6 +102,6 @@ def test_every_flag_has_help_and_a_test(script):
 
 def test_every_mentioned_flag_exists():
     known = {flag for script in SCRIPTS for flag in flags(script)} | {"--task", "--nnodes", "--node_rank", "--master_addr",
-                                                                      "--nproc_per_node", "--seed", "--json", "--kills"}
+                                                                      "--nproc_per_node", "--seed", "--fast", "--json", "--kills"}
     ours = README.split("The original repository's commands")[0] + README.split("## It survives")[1]
     assert {flag for flag in re.findall(r"--[a-z_]{2,}", ours)} <= known
