@@ -109,7 +109,7 @@ def atomic_path(path):
                 sync(os.path.join(root, name))
         sync(temporary)
         if os.path.isdir(path):  # a directory cannot be replaced in one step
-            remove(path)
+            os.rename(path, temporary + "old")
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
     except Exception as e:
@@ -121,12 +121,15 @@ def atomic_path(path):
                         f"then start the same command again") from e
     finally:
         remove(temporary)
+        remove(temporary + "old")
 
 
 def remove(path):
-    """Delete a file or a directory, if it is there."""
+    """Delete a file or a directory, if it is there. A directory loses its name first: a kill leaves no half of it."""
     if os.path.isdir(path):
-        shutil.rmtree(path)
+        doomed = path if ".tmp" in os.path.basename(path) else f"{path}.tmp{os.getpid()}old"
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
     elif os.path.exists(path):
         os.remove(path)
 
