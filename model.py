@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from common import UserError, atomic_path, is_text, read_json, seed_for, write_json
+from common import UserError, atomic_path, is_text, read_json, remove, seed_for, write_json
 from lm import DTYPES, lm_logits, load_lm, load_tokenizer, scale_logits
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
@@ -544,8 +544,14 @@ def write_shard(path, latents, records, sender):
     """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan, plan_token_ids, ...}},
     sender {model, hidden_size, ...}. Atomic: the name appears only when every byte is on disk."""
     with atomic_path(path) as temporary:
-        save_file({k: v.contiguous() for k, v in latents.items()}, temporary,
-                  metadata={"records": json.dumps(records), "sender": json.dumps(sender)})
+        folder = temporary + ".d"  # save_file has a temporary name of its own, which a kill would leave where it is
+        os.makedirs(folder, exist_ok=True)
+        try:
+            save_file({k: v.contiguous() for k, v in latents.items()}, os.path.join(folder, "shard"),
+                      metadata={"records": json.dumps(records), "sender": json.dumps(sender)})
+            os.rename(os.path.join(folder, "shard"), temporary)
+        finally:
+            remove(folder)
 
 
 @contextlib.contextmanager
