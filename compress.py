@@ -21,15 +21,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from collect import PRESETS, left_pad
-from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, positive, run, seed_for,
+from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, positive, run, seed_for,
                     write_json)
 from data import Conversations, global_batch, read_info, split_eval
 from lm import lm_logits, load_config, load_tokenizer
 from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
                    open_shards, render_turn)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
-                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log,
-                      plot, prune, publish, ranks)
+                      is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
 
 LOSS_TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]
@@ -266,18 +265,15 @@ def train(args):
         if not checkpoint:
             print(f"first prompt of the student: {tokenizer.decode(prompts[train_rows[0]])}")
 
+    def write_student(directory, state_dict):
+        student.save(directory, state_dict)
+        tokenizer.save_pretrained(directory)
+        write_json(os.path.join(directory, "latent_bridge.json"),
+                   {"K": args.K, "prompt_template": args.prompt_template})
+
     def save(name, resumable):
-        weights = full_state(student)
-        optimizer_state = full_optimizer_state(student, optimizer) if resumable else None
-        if rank == 0:
-            with atomic_path(os.path.join(args.output_dir, name)) as temporary:
-                student.save(temporary, weights)
-                tokenizer.save_pretrained(temporary)
-                write_json(os.path.join(temporary, "latent_bridge.json"),
-                           {"K": args.K, "prompt_template": args.prompt_template})
-                if resumable:
-                    torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
-                    write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
+        save_run(os.path.join(args.output_dir, name), rank, student, write_student, optimizer if resumable else None,
+                 {**state, "settings": settings})
 
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = tqdm(total=max_steps, initial=state["step"], desc="compress", unit="step", disable=rank > 0 or None)

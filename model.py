@@ -474,8 +474,8 @@ class LatentSender(nn.Module):
         """The student directory: what save_pretrained writes, plus latent_bridge.safetensors."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
-        save_file({k: v for k, v in part_of(state_dict, "").items() if not k.startswith("lm.")},
-                  os.path.join(directory, "latent_bridge.safetensors"))
+        bridge = {k: v for k, v in state_dict.items() if not k.startswith("lm.")}
+        save_file(part_of(bridge, ""), os.path.join(directory, "latent_bridge.safetensors"))
 
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):

@@ -18,15 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, positive, run, seed_for,
-                    write_json)
+from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, positive, run, seed_for)
 from data import Conversations, global_batch, split_eval
 from lm import load_config, load_lm, load_tokenizer
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
                    collate, embedding_rms, init_markers, open_shards)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
-                      full_optimizer_state, full_state, is_finished, load_optimizer, lr_scale, memory_gb, open_log,
-                      plot, prune, publish, ranks)
+                      is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
 
 LOSS_TERMS = ["task", "align", "kl", "cosine", "sep"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",
@@ -233,14 +231,8 @@ def train(args):
             print("first row: " + describe_row(tokenizer, data.row(train_rows[0], args.message)))
 
     def save(name, resumable):
-        weights = full_state(actor)
-        optimizer_state = full_optimizer_state(actor, optimizer) if resumable else None
-        if rank == 0:
-            with atomic_path(os.path.join(args.output_dir, name)) as temporary:
-                actor.save(temporary, weights)
-                if resumable:
-                    torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
-                    write_json(os.path.join(temporary, "trainer_state.json"), {**state, "settings": settings})
+        save_run(os.path.join(args.output_dir, name), rank, actor, actor.save, optimizer if resumable else None,
+                 {**state, "settings": settings})
 
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = tqdm(total=max_steps, initial=state["step"], desc="train", unit="step", disable=rank > 0 or None)

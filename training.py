@@ -158,6 +158,19 @@ def full_optimizer_state(model, optimizer):
     return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def save_run(directory, rank, model, write_model, optimizer=None, trainer_state=None):
+    """One atomic directory: what write_model(path, whole state_dict) writes and, to continue from it, the optimizer and
+    trainer_state.json. All ranks must call it; rank 0 writes."""
+    weights = full_state(model)
+    optimizer_state = full_optimizer_state(model, optimizer) if optimizer is not None else None
+    if rank == 0:
+        with atomic_path(directory) as temporary:
+            write_model(temporary, weights)
+            if optimizer is not None:
+                torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
+                write_json(os.path.join(temporary, "trainer_state.json"), trainer_state)
+
+
 def load_optimizer(model, optimizer, checkpoint):
     """Each rank maps the file into memory and takes its own part."""
     state = torch.load(os.path.join(checkpoint, "optimizer.pt"), weights_only=True, map_location="cpu", mmap=True)
