@@ -158,7 +158,7 @@ def decode_plans(lm, prompts, seeds, eos_ids, args):
     for step in range(args.max_new_tokens):
         start = time.perf_counter()
         out = lm.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                               past_key_values=cache, use_cache=True)
+                               cache=cache, use_cache=True)
         hidden = out.last_hidden_state[:, -1]  # (b, D)
         logits = lm_logits(lm, hidden)  # (b, V)
         if step == 0:

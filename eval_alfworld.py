@@ -117,7 +117,7 @@ class CachedChat:
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
         position_ids = (seen + mask.cumsum(1) - 1).clamp(min=0)
         out = self.lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=self.mask, position_ids=position_ids,
-                                    past_key_values=self.cache, use_cache=True)
+                                    cache=self.cache, use_cache=True)
         last = (mask.sum(1) - 1).clamp(min=0)
         return lm_logits(self.lm, out.last_hidden_state[torch.arange(len(last), device=last.device), last])
 

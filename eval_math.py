@@ -105,7 +105,7 @@ def generate(actor, rows, uniforms, args):
     for step in range(args.max_length):
         clock = time.perf_counter()
         out = lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids,
-                               past_key_values=cache, use_cache=True)
+                               cache=cache, use_cache=True)
         logits = lm_logits(lm, out.last_hidden_state[torch.arange(len(live), device=device), last])  # (b, V)
         finite = (logits < torch.inf).all(-1)
         if uniforms is None:

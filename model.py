@@ -464,7 +464,7 @@ class LatentSender(nn.Module):
         cache, latents = DynamicCache(), []
         for _ in range(steps):
             out = self.lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True,
-                                        position_ids=position_ids, past_key_values=cache)
+                                        position_ids=position_ids, cache=cache)
             latents.append(out.last_hidden_state[:, -1:])  # (B, 1, D)
             embeds = self.bridge(self.norm(latents[-1])).to(embeds.dtype)
             attention_mask, position_ids = F.pad(attention_mask, (0, 1), value=1), position_ids[:, -1:] + 1
