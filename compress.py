@@ -25,8 +25,8 @@ from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, pos
                     write_json)
 from data import Conversations, global_batch, read_info, split_eval
 from lm import lm_logits, load_config, load_tokenizer
-from model import (LatentActor, LatentSender, assemble, collate, encode_conversation, head_loss, kl_divergence,
-                   open_shards, render_turn)
+from model import (LatentActor, LatentSender, assemble, collate, cross_entropy, encode_conversation, head_chunk,
+                   head_loss, kl_divergence, open_shards, render_turn)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
                       is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
 
@@ -106,12 +106,12 @@ def student_prompts(data, tokenizer, args, max_length, actor_length):
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss
 
-def entropy(lm, hidden_states, chunk=512):
+def entropy(lm, hidden_states):
     """Entropy of the next token per position, in nats, without (N, V). hidden_states (N, D) -> (N,)."""
     parts = []
-    for i in range(0, len(hidden_states), chunk):
-        log_probs = F.log_softmax(lm_logits(lm, hidden_states[i:i + chunk]), dim=-1)
-        parts.append(-(log_probs.exp() * log_probs).sum(-1))
+    for h in hidden_states.split(head_chunk(lm)):  # (n, D)
+        log_probs = F.log_softmax(lm_logits(lm, h), dim=-1)  # (n, V)
+        parts.append(-torch.linalg.vecdot(log_probs.exp(), log_probs))
     return torch.cat(parts)
 
 
@@ -144,14 +144,15 @@ def compression_loss(actor, latents, rows, data_rows, none_rows, n_labels, n_sam
     hidden_states, labels = actor.states(batch)
     T = args.kl_temperature
 
-    def loss_fn(logits, part):
-        task = F.cross_entropy(logits, labels[part], reduction="sum") / n_labels
-        with torch.no_grad():
-            log_p_data = F.log_softmax(lm_logits(actor.lm, data_states[part]) / T, dim=-1)
-        kl = T * T * (weights[part] * kl_divergence(log_p_data, F.log_softmax(logits / T, dim=-1))).sum() / n_samples
-        return args.lambda_task * task + args.lambda_kl * kl, torch.stack([task, kl])
+    def loss_fn(logits, part, data_logits):
+        task, grad = cross_entropy(F.log_softmax(logits, dim=-1), labels[part])
+        kl, grad_kl = kl_divergence(F.log_softmax(data_logits / T, dim=-1), F.log_softmax(logits / T, dim=-1))
+        w = T * T / n_samples * weights[part]  # (n,)
+        grad.mul_(args.lambda_task / n_labels).addcmul_(grad_kl, (args.lambda_kl / T * w)[:, None])
+        terms = torch.stack([task.sum() / n_labels, (w * kl).sum()])
+        return args.lambda_task * terms[0] + args.lambda_kl * terms[1], terms, grad
 
-    loss, terms = head_loss(actor.lm, hidden_states, loss_fn)
+    loss, terms = head_loss(actor.lm, hidden_states, loss_fn, {"data_logits": data_states})
     return loss + args.lambda_align * align, torch.cat([terms, align.detach()[None]])
 
 

@@ -8,6 +8,7 @@ What the stages read.
 import functools
 import glob
 import importlib
+import math
 import os
 import re
 
@@ -18,8 +19,8 @@ from safetensors.torch import load_file
 
 from common import UserError, is_text, read_json, seed_for
 from lm import load_config, load_tokenizer
-from model import (BOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, another_task, assemble, encode_conversation, open_shards,
-                   perturb, plan_ids_for, render_turn, to_messages)
+from model import (BOP, PLAN_ANNOUNCEMENT, assemble, encode_conversation, open_shards, plan_ids_for, render_turn,
+                   to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Tasks
@@ -237,6 +238,20 @@ def global_batch(step, n, size, seed):
     return [(k, permutation(n, seed, k // n)[k % n]) for k in range(step * size, (step + 1) * size)]
 
 
+def another_task(n, tasks, *seed):
+    """Index of a sample whose task text differs from sample n's; raises UserError if there is none. Never n itself,
+    for any batch size or number of ranks (the released code's pool holds the sample itself)."""
+    generator = torch.Generator().manual_seed(seed_for("another", *seed))
+    for _ in range(64):
+        other = torch.randint(len(tasks), (), generator=generator).item()
+        if tasks[other] != tasks[n]:
+            return other
+    others = [i for i, task in enumerate(tasks) if task != tasks[n]]
+    if not others:
+        raise UserError("a message of another task is needed, but all tasks are the same: add samples")
+    return others[torch.randint(len(others), (), generator=generator).item()]
+
+
 def split_eval(data, ratio, seed):
     """Positions of training and held-out rows; a row's side depends on its id, not on the order of the file."""
     by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
@@ -247,8 +262,42 @@ def split_eval(data, ratio, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Variants
 
+PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
 LATENT_VARIANTS = ("none", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
 VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
+
+
+def perturb(variant, latents, *seed):
+    """Destroy a message's structure but keep chosen statistics (paper, ablations). latents (L, d) -> (L, d), fp32.
+
+    covgauss0: Gaussian with H's covariance, zero mean; covgauss1: and H's mean; randomrot: H's own mean and covariance,
+    rows rotated within its row space; covnoise a: H + a * covariance-shaped noise; whitenoise: H + isotropic noise of
+    the same total power."""
+    H = latents.float()
+    L, d = H.shape
+    generator = torch.Generator().manual_seed(seed_for(variant, *seed))
+    mean = H.mean(0, keepdim=True)
+    X = H - mean  # (L, d), centred
+    if variant == "randomrot":
+        U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+        k = int((S > S[0] * max(L, d) * torch.finfo(torch.float32).eps).sum())  # directions under the rank tolerance
+        if k == 0:  # one row, or equal rows: nothing to rotate
+            return H.clone()
+        Q, R = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
+        Q = Q * R.diagonal().sign()  # Haar-distributed
+        # the columns of U sum to zero and are orthonormal, and so are those of U Q: mean and covariance both stay
+        return (U[:, :k] @ Q * S[:k] @ Vh[:k]).float() + mean
+    if variant == "whitenoise":
+        std = (X.pow(2).sum() / max(L - 1, 1) / d).sqrt()  # trace of the covariance, spread evenly
+        return H + std * torch.randn(L, d, generator=generator)
+    noise = torch.randn(L, L, generator=generator) @ X / math.sqrt(max(L - 1, 1))  # rows ~ N(0, cov(H))
+    if variant == "covgauss0":
+        return noise
+    if variant == "covgauss1":
+        return noise + mean
+    if variant.startswith("covnoise"):
+        return H + float(variant[len("covnoise"):]) * noise
+    raise UserError(f"unknown perturbation {variant}: one of {', '.join(PERTURBATIONS)}")
 
 
 def read_info(path, trust_remote_code=False):

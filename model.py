@@ -11,7 +11,7 @@ end of the first human turn, and then acts. Read in this order:
     4. losses       task, plan similarity, separation; logits only where a label is, chunk by chunk
     5. actor        LM + adapter
     6. sender       the student that says it in K latent steps
-    7. messages     perturbations of H, and latent shards on disk
+    7. messages     latent shards on disk
 """
 import contextlib
 import gc
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from common import UserError, atomic_path, is_text, read_json, remove, seed_for, write_json
+from common import UserError, atomic_path, is_text, read_json, remove, write_json
 from lm import DTYPES, lm_logits, load_lm, load_tokenizer, scale_logits
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
@@ -249,28 +249,41 @@ def collate(rows, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Losses, all per supervised position; log-probabilities are fp32
+# 4. Losses, per supervised position in nats, each with its gradient in the logits z of log_p = log_softmax(z), written
+# out: over a vocabulary of 152k, autograd would move more (N, V) temporaries than the products with the head cost
 
-def kl_divergence(log_p, log_q):
-    """KL(p || q) per position in nats. log_p, log_q (N, V) -> (N,)."""
-    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)  # one temporary of (N, V) less than the sum of a product
+def cross_entropy(log_p, labels):
+    """CE and dCE/dz = p - onehot(label). (N, V) fp32, (N,) -> (N,), (N, V)."""
+    grad, labels = log_p.exp(), labels[:, None]
+    grad.scatter_add_(1, labels, -torch.ones_like(labels, dtype=grad.dtype))
+    return -log_p.gather(1, labels).squeeze(1), grad
+
+
+def kl_divergence(log_q, log_p):
+    """KL(q || p) and dKL/dz = p - q. (N, V), (N, V) -> (N,), (N, V)."""
+    q = log_q.exp()
+    return torch.linalg.vecdot(q, log_q - log_p), log_p.exp() - q
 
 
 def js_divergence(log_p, log_q):
-    """Jensen-Shannon divergence per position, 0 <= JS <= ln 2, symmetric. (N, V), (N, V) -> (N,).
-    The released code swaps KL's arguments, which is neither bounded nor JS."""
-    with torch.no_grad():  # JS is stationary in the mixture: no gradient comes from there, so none is computed
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return 0.5 * (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m))
+    """Jensen-Shannon divergence, 0 <= JS <= ln 2, symmetric, and dJS/dz = p/2 (log(p/m) - KL(p || m)) with the mixture
+    m = (p + q) / 2. (N, V), (N, V) -> (N,), (N, V). The released code swaps KL's arguments: not bounded, not JS."""
+    p, log_ratio = log_p.exp(), log_q - log_p
+    s = F.softplus(log_ratio)  # log(p/m) = ln 2 - s, log(q/m) = ln 2 - s + log_ratio
+    p_s = torch.linalg.vecdot(p, s)  # (N,), ln 2 - KL(p || m)
+    q_s = torch.linalg.vecdot(log_q.exp(), s - log_ratio)
+    return math.log(2) - (p_s + q_s) / 2, s.sub_(p_s[:, None]).mul_(p).mul_(-0.5)
 
 
 def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
-    """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)) per position. The direction of KL is the released
-    code's (the paper writes it reversed); the cosine is of probabilities, per position. -> (N,), (N,), (N,)."""
-    kl = kl_divergence(log_p_plan, log_p)
+    """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)), KL, 1 - cos, and dL_align/dz. The direction of KL is
+    the released code's (the paper writes it reversed); the cosine is of probabilities, per position."""
     p_plan, p, dot = log_p_plan.exp(), log_p.exp(), torch.linalg.vecdot
-    distance = 1 - dot(p_plan, p) / (dot(p_plan, p_plan) * dot(p, p)).sqrt()
-    return beta * kl + alpha * distance, kl, distance
+    kl, sq = dot(p_plan, log_p_plan - log_p), dot(p, p)
+    norm = (dot(p_plan, p_plan) * sq).sqrt()
+    cosine = dot(p_plan, p) / norm  # d cos/dz = p (p_plan / norm - cos p / |p|^2): the bracket's mean under p is 0
+    grad = (p * (cosine / sq)[:, None]).sub_(p_plan / norm[:, None]).mul_(p).mul_(alpha)
+    return beta * kl + alpha * (1 - cosine), kl, 1 - cosine, grad.add_(p.sub_(p_plan), alpha=beta)
 
 
 def adaptive_weight(ceiling, loss, scale):
@@ -278,54 +291,75 @@ def adaptive_weight(ceiling, loss, scale):
     return ceiling * min(max(loss / scale, 0.1), 1.0)
 
 
+torch.empty(31 * 2**20, dtype=torch.uint8)  # freed untouched: glibc then keeps 62 MB for reuse, not a few, where
+# handing a block's pages back and touching new ones would take longer than the loss of the block
+
+
 class ChunkedHeadLoss(torch.autograd.Function):
     """Sum of a loss over N positions through the output head, without ever holding (N, V).
 
-    Each chunk's logits live only inside the loop: its gradient is formed at once, in the forward pass, as
-    d loss / d hidden (n, D) and d loss / d weight (V, D), and the logits are dropped. Recomputing them in the backward
-    pass would cost one more product with the head per branch."""
+    A chunk's logits live only inside the loop: their gradient is formed at once, in the forward pass, as
+    d loss / d hidden (n, D) and d loss / d weight (V, D), and takes their place. Recomputing them in the backward pass
+    would cost one more product with the head per branch. A product takes a whole chunk of all branches, because it
+    reads all of the head; the loss, which is more memory traffic than arithmetic, takes a few rows at a time, which
+    stay in the CPU's cache from one operation to the next."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, config, loss_fn, chunk):
+    def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs = needs_hidden or needs_weight
         grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        total, stats = hidden_states.new_zeros((), dtype=torch.float32), None
+        total, stats = 0.0, 0.0
+        branches = torch.stack([hidden_states, *fixed_states.values()])  # (1 + fixed, N, D)
+        # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
+        room = None if hidden_states.is_cuda else hidden_states.new_empty(
+            len(branches) * min(chunk, len(hidden_states)), len(weight))
         for i in range(0, len(hidden_states), chunk):
-            h = hidden_states[i:i + chunk]  # (n, D)
-            logits = F.linear(h, weight, bias).requires_grad_(needs)  # (n, V); a leaf: autograd is off in here
-            with torch.enable_grad():
-                loss, values = loss_fn(scale_logits(config, logits.float()), slice(i, i + chunk))
-            if needs:
-                grad, = torch.autograd.grad(loss, logits)  # (n, V)
-                if needs_hidden:
-                    grad_hidden[i:i + chunk] = grad @ weight
-                if needs_weight and grad.dtype == h.dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
-                elif needs_weight:
-                    grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
-                if needs_bias:
-                    grad_bias += grad.sum(0)
-            total += loss.detach()
-            stats = values.detach() if stats is None else stats + values.detach()
+            h = branches[:, i:i + chunk].flatten(0, 1)  # (branches n, D)
+            logits = torch.mm(h, weight.T, out=None if room is None else room[:len(h)])
+            logits = (logits if bias is None else logits.add_(bias)).unflatten(0, (len(branches), -1))
+            grad, h = logits[0], hidden_states[i:i + chunk]  # (n, V), (n, D)
+            for j in range(0, len(h), block):
+                part = slice(j, min(j + block, len(h)))
+                fixed = {name: scale_logits(config, z[part].float()) for name, z in zip(fixed_states, logits[1:])}
+                with torch.enable_grad():  # it is off in here, and some families have a last touch for logits
+                    leaf = grad[part].detach().requires_grad_()
+                    z = scale_logits(config, leaf.float())
+                loss, values, grad_z = loss_fn(z.detach(), slice(i + part.start, i + part.stop), **fixed)
+                grad[part], = torch.autograd.grad(z, leaf, grad_z)
+                total, stats = total + loss, stats + values
+            if needs_hidden:
+                grad_hidden[i:i + chunk] = grad @ weight
+            if needs_weight and grad.dtype == h.dtype == weight.dtype:
+                grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
+            elif needs_weight:
+                grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
+            if needs_bias:
+                grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(stats)
         return total, stats
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), None, None, None
+        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), *[None] * 5
 
 
-def head_loss(lm, hidden_states, loss_fn, chunk=None):
-    """Sum over positions of loss_fn(logits (n, V) fp32, slice) -> (loss, stats). hidden_states (N, D)."""
-    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
-    # (chunk, V) in fp32 takes 64 MB; on a CPU 16 MB: malloc gives back at once what is over 32 MB, and fresh pages each
-    # time cost more than the arithmetic on them
-    chunk = chunk or max(16, 2 ** (24 if hidden_states.is_cuda else 22) // head.weight.shape[0])
-    return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn, chunk)
+def head_chunk(lm):
+    """Rows n whose logits (n, V) take 64 MB in fp32."""
+    return max(16, 2**24 // lm.get_output_embeddings().weight.shape[0])
+
+
+def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=None):
+    """Sum over positions of a loss of the logits (N, V) -> (loss, stats). hidden_states (N, D); fixed_states
+    {name: (N, D)} give further logits of the same positions, without gradient.
+
+    loss_fn(logits (n, V) fp32, slice, **fixed logits) -> summed loss, stats, d loss / d logits (n, V)."""
+    head, config, chunk = lm.get_output_embeddings(), lm.config.get_text_config(), chunk or head_chunk(lm)
+    block = block or (chunk if hidden_states.is_cuda else max(1, chunk // 32))  # (block, V) takes 2 MB
+    return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn,
+                                 fixed_states or {}, chunk, block)
 
 
 def supervised(hidden_states, labels):
@@ -371,24 +405,24 @@ class LatentActor(nn.Module):
         gradient. Divide by the number of labels for the mean over S."""
         hidden_states, labels = self.states(batch)  # (N, D), (N,)
         with torch.no_grad():
-            plan_states = self.states(plan_batch)[0] if plan_batch is not None else None
-            other_states = self.states(other_batch)[0] if other_batch is not None else None
+            fixed_states = {name: self.states(fixed)[0] for name, fixed in (
+                ("plan_logits", plan_batch), ("other_logits", other_batch)) if fixed is not None}
 
-        def loss_fn(logits, part):
+        def loss_fn(logits, part, plan_logits=None, other_logits=None):
             log_probs = F.log_softmax(logits, dim=-1)  # (n, V)
-            task = F.nll_loss(log_probs, labels[part], reduction="sum")
-            align = kl = cosine = sep = task.new_zeros(())
-            if plan_states is not None:
-                with torch.no_grad():
-                    log_p_plan = F.log_softmax(lm_logits(self.lm, plan_states[part]), dim=-1)
-                align, kl, cosine = (x.sum() for x in plan_similarity(log_p_plan, log_probs))
-            if other_states is not None:
-                with torch.no_grad():
-                    log_p_other = F.log_softmax(lm_logits(self.lm, other_states[part]), dim=-1)
-                sep = (math.log(2) - js_divergence(log_probs, log_p_other)).sum()
-            return task + align_weight * align + sep_weight * sep, torch.stack([task, align, kl, cosine, sep])
+            task, grad = cross_entropy(log_probs, labels[part])  # (n,), (n, V)
+            align = kl = cosine = sep = torch.zeros_like(task)
+            if plan_logits is not None:
+                align, kl, cosine, grad_align = plan_similarity(F.log_softmax(plan_logits, dim=-1), log_probs)
+                grad.add_(grad_align, alpha=align_weight)
+            if other_logits is not None:
+                js, grad_js = js_divergence(log_probs, F.log_softmax(other_logits, dim=-1))
+                sep = math.log(2) - js
+                grad.add_(grad_js, alpha=-sep_weight)
+            terms = torch.stack([task, align, kl, cosine, sep]).sum(1)
+            return terms[0] + align_weight * terms[1] + sep_weight * terms[4], terms, grad
 
-        return head_loss(self.lm, hidden_states, loss_fn)
+        return head_loss(self.lm, hidden_states, loss_fn, fixed_states)
 
     def save(self, directory, state_dict=None):
         """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json. `state_dict` is
@@ -488,57 +522,7 @@ class LatentSender(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Messages: perturbations and shards
-
-def another_task(n, tasks, *seed):
-    """Index of a sample whose task text differs from sample n's; raises UserError if there is none. Never n itself,
-    for any batch size or number of ranks (the released code's pool holds the sample itself)."""
-    generator = torch.Generator().manual_seed(seed_for("another", *seed))
-    for _ in range(64):
-        other = torch.randint(len(tasks), (), generator=generator).item()
-        if tasks[other] != tasks[n]:
-            return other
-    others = [i for i, task in enumerate(tasks) if task != tasks[n]]
-    if not others:
-        raise UserError("a message of another task is needed, but all tasks are the same: add samples")
-    return others[torch.randint(len(others), (), generator=generator).item()]
-
-
-PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
-
-
-def perturb(variant, latents, *seed):
-    """Destroy a message's structure but keep chosen statistics (paper, ablations). latents (L, d) -> (L, d), fp32.
-
-    covgauss0: Gaussian with H's covariance, zero mean; covgauss1: and H's mean; randomrot: H's own mean and covariance,
-    rows rotated within its row space; covnoise a: H + a * covariance-shaped noise; whitenoise: H + isotropic noise of
-    the same total power."""
-    H = latents.float()
-    L, d = H.shape
-    generator = torch.Generator().manual_seed(seed_for(variant, *seed))
-    mean = H.mean(0, keepdim=True)
-    X = H - mean  # (L, d), centred
-    if variant == "randomrot":
-        U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-        k = int((S > S[0] * max(L, d) * torch.finfo(torch.float32).eps).sum())  # directions under the rank tolerance
-        if k == 0:  # one row, or equal rows: nothing to rotate
-            return H.clone()
-        Q, R = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
-        Q = Q * R.diagonal().sign()  # Haar-distributed
-        # the columns of U sum to zero and are orthonormal, and so are those of U Q: mean and covariance both stay
-        return (U[:, :k] @ Q * S[:k] @ Vh[:k]).float() + mean
-    if variant == "whitenoise":
-        std = (X.pow(2).sum() / max(L - 1, 1) / d).sqrt()  # trace of the covariance, spread evenly
-        return H + std * torch.randn(L, d, generator=generator)
-    noise = torch.randn(L, L, generator=generator) @ X / math.sqrt(max(L - 1, 1))  # rows ~ N(0, cov(H))
-    if variant == "covgauss0":
-        return noise
-    if variant == "covgauss1":
-        return noise + mean
-    if variant.startswith("covnoise"):
-        return H + float(variant[len("covnoise"):]) * noise
-    raise UserError(f"unknown perturbation {variant}: one of {', '.join(PERTURBATIONS)}")
-
+# 7. Messages on disk
 
 def write_shard(path, latents, records, sender):
     """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan, plan_token_ids, ...}},

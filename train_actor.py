@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, positive, run, seed_for)
-from data import Conversations, global_batch, split_eval
+from data import Conversations, another_task, global_batch, split_eval
 from lm import load_config, load_lm, load_tokenizer
-from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, another_task,
-                   collate, embedding_rms, init_markers, open_shards)
+from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, collate,
+                   embedding_rms, init_markers, open_shards)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
                       is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
 

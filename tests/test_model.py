@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 import model
 from common import UserError, atomic_path, read_json, seed_for, wilson_interval, write_text
 from lm import lm_logits
-from model import (BOP, EOP, PERTURBATIONS, PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, LatentSender,
-                   LatentShards, add_markers, another_task, assemble, collate, embedding_rms, encode_conversation,
-                   end_of_turn, head_loss, init_markers, js_divergence, kl_divergence, open_shards, perturb,
+from data import PERTURBATIONS, another_task, perturb
+from model import (BOP, EOP, PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, LatentSender, LatentShards,
+                   add_markers, assemble, collate, cross_entropy, embedding_rms, encode_conversation,
+                   end_of_turn, head_loss, init_markers, js_divergence, kl_divergence, open_shards,
                    plan_ids_for, plan_similarity, render_turn, reply_lead, special_ids, text_ids, to_messages,
                    write_shard)
 from tiny import make_lm, make_tokenizer
@@ -56,24 +57,38 @@ def sample_rows(actor, tenths=(0, 4, 10, 7), sender_dim=32):
 
 # ---- divergences and losses
 
+def js_reference(p, q):
+    """The definition, in the precision of its arguments. log p, log q (N, V) -> (N,)."""
+    m = (p.exp() + q.exp()) / 2
+    return 0.5 * (torch.xlogy(p.exp(), p.exp() / m).sum(-1) + torch.xlogy(q.exp(), q.exp() / m).sum(-1))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_divergences_match_references(scale):
+def test_divergences_and_their_gradients_match_references(scale):
     generator = torch.Generator().manual_seed(0)
     a, b = (scale * torch.randn(40, 300, generator=generator) for _ in range(2))
+    labels = torch.randint(300, (40,), generator=generator)
     p, q = F.log_softmax(a, -1), F.log_softmax(b, -1)
-    js = js_divergence(p, q)
-    p64, q64 = F.softmax(a.double(), -1), F.softmax(b.double(), -1)
-    m = (p64 + q64) / 2
-    reference = 0.5 * ((torch.xlogy(p64, p64 / m)).sum(-1) + torch.xlogy(q64, q64 / m).sum(-1))
-    assert (js - reference).abs().max() < 1e-5
-    assert (js - js_divergence(q, p)).abs().max() < 1e-6
+    z = a.double().requires_grad_()
+    p64, q64 = F.log_softmax(z, -1), F.log_softmax(b.double(), -1)
+
+    def check(values, grad, reference):
+        torch.testing.assert_close(values.double(), reference.detach(), rtol=1e-5, atol=1e-5)
+        want, = torch.autograd.grad(reference.sum(), z, retain_graph=True)
+        torch.testing.assert_close(grad.double(), want, rtol=1e-5, atol=1e-5)
+
+    js, grad = js_divergence(p, q)
+    check(js, grad, js_reference(p64, q64))
+    assert (js - js_divergence(q, p)[0]).abs().max() < 1e-6
     assert js.min() > -1e-6 and js.max() <= math.log(2) + 1e-6
-    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # torch's KL(target || input)
-    torch.testing.assert_close(kl_divergence(p, q), kl, rtol=1e-5, atol=1e-5)
-    total, kl_part, distance = plan_similarity(p, q, beta=0.7, alpha=0.3)
-    cosine = F.cosine_similarity(p64, q64, dim=-1)
-    torch.testing.assert_close(distance.double(), 1 - cosine, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(total, 0.7 * kl + 0.3 * distance, rtol=1e-5, atol=1e-5)
+    check(*cross_entropy(p, labels), F.cross_entropy(z, labels, reduction="none"))
+    kl = F.kl_div(p64, q64, reduction="none", log_target=True).sum(-1)  # torch's KL(target || input)
+    check(*kl_divergence(q, p), kl)
+    cosine = F.cosine_similarity(p64.exp(), q64.exp(), dim=-1)
+    total, kl_part, distance, grad = plan_similarity(q, p, beta=0.7, alpha=0.3)
+    check(total, grad, 0.7 * kl + 0.3 * (1 - cosine))
+    torch.testing.assert_close(kl_part.double(), kl.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(distance.double(), 1 - cosine.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_js_extremes():
@@ -81,15 +96,16 @@ def test_js_extremes():
     apart = torch.full((1, 4), -1e4)
     p, q = apart.clone(), apart.clone()
     p[0, 0], q[0, 1] = 0, 0
-    assert js_divergence(same, same).abs().max() < 1e-6
-    assert js_divergence(p, q).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert js_divergence(same, same)[0].abs().max() < 1e-6
+    assert js_divergence(p, q)[0].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert all(torch.isfinite(x).all() for x in js_divergence(p, q))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+@pytest.mark.parametrize("chunk, block", [(1, 1), (3, 2), (7, 7), (1000, 5)])
 @pytest.mark.parametrize("tied, bias, config", [
     (False, False, {}), (True, False, {}), (False, True, {}), (False, True, {"final_logit_softcapping": 3.0}),
     (True, False, {"logits_scaling": 4.0, "logit_scale": 0.5, "final_logit_softcapping": 2.0})])
-def test_chunked_loss_equals_plain(chunk, tied, bias, config):
+def test_chunked_loss_equals_plain(chunk, block, tied, bias, config):
     lm = make_lm(tied=tied)
     if bias:
         old, lm.lm_head = lm.lm_head.weight, torch.nn.Linear(32, 280)
@@ -97,21 +113,27 @@ def test_chunked_loss_equals_plain(chunk, tied, bias, config):
     for name, value in config.items():
         setattr(lm.config, name, value)
     ids, labels = torch.arange(14), torch.arange(14) * 5
-    upstream = torch.randn(14, 280, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    upstream, fixed = torch.randn(14, 280, generator=generator), torch.randn(14, 32, generator=generator)
 
-    def loss_fn(logits, part):
+    def loss_fn(logits, part, fixed_logits):
         log_probs = F.log_softmax(logits, -1)
-        ce = F.nll_loss(log_probs, labels[part], reduction="sum")
-        return ce + 0.3 * js_divergence(log_probs, upstream[part].log()).sum(), ce[None]
+        ce, grad = cross_entropy(log_probs, labels[part])
+        js, grad_js = js_divergence(log_probs, F.log_softmax(upstream[part] + fixed_logits, -1))
+        return ce.sum() + 0.3 * js.sum(), torch.stack([ce.sum(), js.sum()]), grad + 0.3 * grad_js
 
-    def plain():  # the definition, with the full (N, V)
-        logits = lm.lm_head(hidden)
-        logits = logits / config.get("logits_scaling", 1) * config.get("logit_scale", 1)
-        cap = config.get("final_logit_softcapping")
-        return loss_fn(cap * torch.tanh(logits / cap) if cap else logits, slice(0, 14))
+    def plain():  # the definition, with the full (N, V), by autograd
+        def touched(states):
+            logits = lm.lm_head(states) / config.get("logits_scaling", 1) * config.get("logit_scale", 1)
+            cap = config.get("final_logit_softcapping")
+            return cap * torch.tanh(logits / cap) if cap else logits
+        log_probs = F.log_softmax(touched(hidden), -1)
+        ce = F.nll_loss(log_probs, labels, reduction="sum")
+        js = js_reference(log_probs, F.log_softmax(upstream + touched(fixed).detach(), -1)).sum()
+        return ce + 0.3 * js, torch.stack([ce, js])
 
     results = []
-    for compute in (plain, lambda: head_loss(lm, hidden, loss_fn, chunk)):
+    for compute in (plain, lambda: head_loss(lm, hidden, loss_fn, {"fixed_logits": fixed}, chunk, block)):
         lm.zero_grad()
         hidden = lm.get_input_embeddings()(ids) * 2  # with tied tables, the gradient meets itself in the embeddings
         hidden.retain_grad()
@@ -144,7 +166,7 @@ def test_training_loss_is_the_definition(parts):
     p, n = log_probs(plan)[0].detach(), log_probs(other)[0].detach()
     task = -h[range(len(labels)), labels].sum()
     kl, cosine = (p.exp() * (p - h)).sum(), (1 - F.cosine_similarity(p.exp(), h.exp(), dim=-1)).sum()
-    sep = (math.log(2) - js_divergence(h, n)).sum()
+    sep = (math.log(2) - js_reference(h, n)).sum()
     expected = task + w[0] * (0.7 * kl + 0.3 * cosine) + w[1] * sep
     expected.backward()
     reference = {k: v.grad.clone() for k, v in actor.named_parameters()}
