@@ -30,7 +30,7 @@ from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch
                     run, seed_for, share, write_json)
 from data import load_saved, load_tasks, optional
 from games import sender_tasks
-from lm import DTYPES, growing_cache, lm_logits, load_config, load_lm, load_tokenizer
+from lm import DTYPES, growing_cache, lm_logits, load_config, load_lm, load_tokenizer, next_tokens
 from model import LatentSender, LatentShards, end_of_turn, open_shards, render_turn, write_shard
 
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
@@ -163,12 +163,8 @@ def decode_plans(lm, prompts, seeds, eos_ids, args):
         logits = lm_logits(lm, hidden)  # (b, V)
         if step == 0:
             logits[:, eos] = -torch.inf  # a plan has at least one token
-        if args.do_sample:
-            cdf = warpers(None, logits).double().softmax(-1).cumsum(-1)  # (b, V)
-            draw = uniforms[live, step, None] * cdf[:, -1:]
-            next_ids = torch.searchsorted(cdf, draw, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
-        else:
-            next_ids = logits.argmax(-1)  # (b,)
+        next_ids = (next_tokens(warpers(None, logits), uniforms[live, step]) if args.do_sample
+                    else next_tokens(logits))  # (b,)
         keep = ~torch.isin(next_ids, eos)
         hidden, rows, next_list, alive = hidden.cpu(), live.tolist(), next_ids.tolist(), keep.tolist()
         elapsed = 1000 * (time.perf_counter() - start)

@@ -33,7 +33,7 @@ from common import (Parser, UserError, atomic_path, boolean, fingerprint, positi
                     wilson_interval, write_json)
 from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
 from games import Crash, GameWorkers, open_split
-from lm import DTYPES, growing_cache, lm_logits
+from lm import DTYPES, growing_cache, lm_logits, next_tokens
 from model import LatentActor, assemble, collate, end_of_turn, open_shards, render_turn, to_messages
 
 matplotlib.use("Agg")
@@ -127,15 +127,13 @@ class CachedChat:
         B, device = len(logits), logits.device
         replies, open_rows = [[] for _ in range(B)], list(range(B))
         for step in range(max_new_tokens):
+            uniforms = None
             if temperature > 0:  # one uniform number per token, from the episode's own generator
-                cdf = (logits / temperature).double().softmax(-1).cumsum(-1)
-                draw = torch.zeros(B, 1, dtype=torch.float64, device=device)
+                logits, uniforms = logits / temperature, torch.zeros(B, dtype=torch.float64)
                 for b in open_rows:
-                    draw[b] = torch.rand((), generator=generators[b], dtype=torch.float64)
-                next_ids = torch.searchsorted(cdf, draw * cdf[:, -1:], right=True).squeeze(1)
-                next_ids = next_ids.clamp(max=cdf.shape[1] - 1)
-            else:
-                next_ids = logits.argmax(-1)  # (B,)
+                    uniforms[b] = torch.rand((), generator=generators[b], dtype=torch.float64)
+                uniforms = uniforms.to(device)
+            next_ids = next_tokens(logits, uniforms)  # (B,)
             said = next_ids.tolist()
             open_rows = [b for b in open_rows if said[b] not in stop_ids]
             for b in open_rows:

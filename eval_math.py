@@ -31,7 +31,7 @@ from common import (Parser, UserError, atomic_path, boolean, fingerprint, positi
 from data import (VARIANTS, actor_of, check_settings, label_sources, load_tasks, message_row, open_messages,
                   variants_of)
 from math_answers import extract_answer, is_equiv, load_grader
-from lm import DTYPES, growing_cache, lm_logits
+from lm import DTYPES, growing_cache, lm_logits, next_tokens
 from model import LatentActor, collate, end_of_turn, open_shards
 
 matplotlib.use("Agg")
@@ -104,16 +104,12 @@ def generate(actor, rows, uniforms, args):
     live = torch.arange(len(rows), device=device)  # (b,) row of the batch -> row of the call
     for step in range(args.max_length):
         clock = time.perf_counter()
-        out = lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids,
-                               cache=cache, use_cache=True)
+        out = lm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, cache=cache,
+                               use_cache=True)
         logits = lm_logits(lm, out.last_hidden_state[torch.arange(len(live), device=device), last])  # (b, V)
         finite = (logits < torch.inf).all(-1)
-        if uniforms is None:
-            next_ids = logits.argmax(-1)  # (b,)
-        else:
-            cdf = (logits / args.temperature).double().softmax(-1).cumsum(-1)  # (b, V)
-            draw = uniforms[live, step, None] * cdf[:, -1:]
-            next_ids = torch.searchsorted(cdf, draw, right=True).squeeze(1).clamp(max=cdf.shape[1] - 1)
+        next_ids = (next_tokens(logits) if uniforms is None
+                    else next_tokens(logits / args.temperature, uniforms[live, step]))  # (b,)
         said = finite & ~torch.isin(next_ids, stop)
         rows_now, ids_now, finite_now, said_now = (x.tolist() for x in (live, next_ids, finite, said))
         for row, token, is_finite, is_said in zip(rows_now, ids_now, finite_now, said_now):

@@ -1,5 +1,5 @@
 """
-What we ask of Hugging Face: configs, tokenizers and models by path or hub id, the logits of a state, a cache that grows.
+What we ask of Hugging Face: configs, tokenizers, models by path or hub id; logits and the token they choose; a cache.
 """
 import torch
 from safetensors import SafetensorError
@@ -60,6 +60,16 @@ def scale_logits(config, logits):
 def lm_logits(lm, hidden_states):
     """Post-norm states (..., D) -> logits (..., V), fp32."""
     return scale_logits(lm.config.get_text_config(), lm.get_output_embeddings()(hidden_states).float())
+
+
+def next_tokens(logits, uniforms=None):
+    """Each row's likeliest token, or one drawn with its own number in [0, 1) by inverting the CDF, so that a row says
+    the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
+    if uniforms is None:
+        return logits.argmax(-1)
+    cdf = logits.double().softmax(-1).cumsum(-1)  # (b, V)
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    return drawn.squeeze(1).clamp(max=cdf.shape[1] - 1)
 
 
 class GrowingLayer(DynamicLayer):

@@ -37,6 +37,7 @@ PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prompts: conversations -> token ids and labels
 
+TEMPLATE_DATE = {"date_string": "26 Jul 2024"}  # left to Llama's templates, prompts change with the calendar
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -88,7 +89,8 @@ def render_turn(tokenizer, messages, announcement=None, add_generation_prompt=Tr
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
     marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
     try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                             **TEMPLATE_DATE)
     except Exception as e:  # jinja's TemplateError: roles that must alternate, no system turn allowed, ...
         raise UserError(f"{where}: the chat template refuses the turns {' '.join(roles)}: {e}") from None
     pieces = re.split("\ue000(\\d+)\ue001", text)  # template, turn number, template, turn number, ..., template
@@ -126,8 +128,8 @@ def end_of_turn(tokenizer):
 def reply_lead(tokenizer):
     """What a template writes between its generation prompt and a reply: a space in Mistral's, mostly nothing."""
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\ue000"}]
-    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **TEMPLATE_DATE)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_DATE)
     return whole[len(prompt):whole.index("\ue000")] if whole.startswith(prompt) else ""
 
 

@@ -352,6 +352,15 @@ def test_control_tokens_in_user_text_stay_text(kind):
     assert tokenizer.decode(attack[0] + attack[1]).count(evil) == 4  # and nothing of it is lost
 
 
+def test_prompt_does_not_change_with_the_calendar():
+    tokenizer = make_tokenizer("llama3")
+    now = "{% if not date_string is defined %}{% set date_string = strftime_now('%S %f') %}{% endif %}{{ date_string }}"
+    tokenizer.chat_template = now + tokenizer.chat_template
+    prompts = {tokenizer.decode(sum(render_turn(tokenizer, as_messages(["a"])), [])) for _ in range(3)}
+    assert len(prompts) == 1 and prompts.pop().startswith("26 Jul 2024")
+    assert reply_lead(tokenizer) == ""
+
+
 def test_template_mistakes_name_the_row():
     tokenizer = make_tokenizer("mistral")
     for messages in (as_messages(TURNS, system="no"), [as_messages(TURNS)[0]] + as_messages(TURNS)):
