@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, positive, remove,
-                    run, seed_for, share, write_json)
+                    run, seed_for, share, this_rank, write_json)
 from data import load_saved, load_tasks, optional
 from games import sender_tasks
 from lm import DTYPES, growing_cache, lm_logits, load_config, load_lm, load_tokenizer, next_tokens
@@ -195,7 +195,7 @@ def think(sender, prompts, steps):
 
 
 def collect(args):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, device = this_rank()
     if args.temperature <= 0 or args.top_k < 0:
         raise UserError(f"--temperature must be above 0, --top_k not below, got {args.temperature} and {args.top_k}: "
                         f"for greedy decoding leave --do_sample false")
@@ -235,7 +235,6 @@ def collect(args):
         print(f"{len(tasks)} tasks, {sum(t['id'] in done for t in tasks)} already in {args.output_dir}")
 
     if mine:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         if args.latent_steps:
             model = LatentSender.load(args.model_name_or_path, args.torch_dtype, device, args.trust_remote_code)
             lm = model.lm
@@ -283,8 +282,8 @@ def collect(args):
     bar.close()
     if rank == 0:
         ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"
-        print(f"wrote {ready} to {args.output_dir}; look: python collect.py inspect {args.output_dir}; next: python "
-              f"train_actor.py --hidden_data {args.output_dir} …")
+        print(f"wrote {ready} to {args.output_dir}; look: python collect.py inspect {args.output_dir}; next: give it to "
+              f"train_actor.py, compress.py or an evaluation as --hidden_data {args.output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

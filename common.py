@@ -3,7 +3,7 @@ What every script needs and the method does not: errors, files, flags, seeds.
 
     1. errors and flags    a user's mistake is one line and exit code 2
     2. files               every write is atomic
-    3. numbers             seeds, intervals
+    3. ranks and numbers   who this process is, seeds, intervals
 """
 import argparse
 import contextlib
@@ -12,9 +12,11 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 
+import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -176,7 +178,19 @@ def fingerprint(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Numbers
+# 3. Ranks and numbers
+
+def this_rank():
+    """(rank, world size, device) of this process: torchrun's, or (0, 1, ...) without it."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return rank, world, f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+
+
+def memory_gb(device):
+    """Peak memory of this process so far: the GPU's if it has one."""
+    return (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+
 
 def seed_for(*parts):
     """A 63-bit seed from any values: the same on every machine, rank and restart."""

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from collect import PRESETS, left_pad
-from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, positive, run, seed_for,
+from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, memory_gb, positive, run, seed_for,
                     write_json)
 from data import Conversations, global_batch, read_info, split_eval
 from lm import lm_logits, load_config, load_tokenizer
-from model import (LatentActor, LatentSender, assemble, collate, cross_entropy, encode_conversation, head_chunk,
+from model import (LatentActor, LatentSender, assemble, collate, cross_entropy, encode_conversation, head_rows,
                    head_loss, kl_divergence, open_shards, render_turn)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
-                      is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
+                      is_finished, load_optimizer, lr_scale, open_log, plot, prune, publish, ranks, save_run)
 
 LOSS_TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]
@@ -109,7 +109,7 @@ def student_prompts(data, tokenizer, args, max_length, actor_length):
 def entropy(lm, hidden_states):
     """Entropy of the next token per position, in nats, without (N, V). hidden_states (N, D) -> (N,)."""
     parts = []
-    for h in hidden_states.split(head_chunk(lm)):  # (n, D)
+    for h in hidden_states.split(head_rows(lm, 24)):  # (n, D)
         log_probs = F.log_softmax(lm_logits(lm, h), dim=-1)  # (n, V)
         parts.append(-torch.linalg.vecdot(log_probs.exp(), log_probs))
     return torch.cat(parts)
@@ -247,10 +247,11 @@ def train(args):
     model = distribute(student, args, world, device)
 
     trained = [p for p in student.parameters() if p.requires_grad]
+    fused = device.startswith("cuda") or None  # one kernel, without temporaries as large as the parameters
     optimizer = torch.optim.AdamW([
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}],
-        lr=args.learning_rate, betas=(0.9, args.adam_beta2))
+        lr=args.learning_rate, betas=(0.9, args.adam_beta2), fused=fused)
     if checkpoint:
         load_optimizer(student, optimizer, checkpoint)
 

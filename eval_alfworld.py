@@ -18,7 +18,6 @@ import datetime
 import functools
 import math
 import os
-import resource
 import time
 from urllib.parse import quote
 
@@ -29,8 +28,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import collect
-from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, read_json, run, seed_for,
-                    wilson_interval, write_json)
+from common import (Parser, UserError, atomic_path, boolean, fingerprint, memory_gb, positive, read_json, run,
+                    seed_for, this_rank, wilson_interval, write_json)
 from data import VARIANTS, actor_of, check_settings, label_sources, message_row, open_messages, variants_of
 from games import Crash, GameWorkers, open_split
 from lm import DTYPES, growing_cache, lm_logits, next_tokens
@@ -308,8 +307,7 @@ def write_csv(path, columns, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate(args):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank, world, device = this_rank()
     variants = variants_of(args)
     game, all_tasks = open_split(args.env, args.split)  # cross_task draws from the whole split, whatever --num_episodes
     tasks = all_tasks[:args.num_episodes]
@@ -353,11 +351,9 @@ def evaluate(args):
         actor = LatentActor.load(path, args.torch_dtype, device, args.trust_remote_code)
         for i in range(0, len(pending), args.batch_size):
             for record in play(actor, pending[i:i + args.batch_size], all_tasks, sources, workers, parse_action, args):
-                memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
-                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
                 write_json(episode_path(record["variant"], record["run"], record["id"]), record | {
-                    "tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9), "peak_memory_gb": memory,
-                    "device": device.split(":")[0], "dtype": args.torch_dtype})
+                    "tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9),
+                    "peak_memory_gb": memory_gb(device), "device": device.split(":")[0], "dtype": args.torch_dtype})
                 bar.update()
         del actor
     bar.close()

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import collect
-from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, run, seed_for, wilson_interval,
-                    write_json, write_text)
+from common import (Parser, UserError, atomic_path, boolean, fingerprint, positive, run, seed_for, this_rank,
+                    wilson_interval, write_json, write_text)
 from data import (VARIANTS, actor_of, check_settings, label_sources, load_tasks, message_row, open_messages,
                   variants_of)
 from math_answers import extract_answer, is_equiv, load_grader
@@ -251,8 +251,7 @@ def plot(summary, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def evaluate(args):
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    rank, world, device = this_rank()
     variants = variants_of(args)
     if args.temperature < 0 or args.temperature == 0 and args.samples_per_question > 1:
         raise UserError(f"--temperature {args.temperature:g} with --samples_per_question {args.samples_per_question}: "

@@ -312,16 +312,17 @@ class ChunkedHeadLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        total, stats = 0.0, 0.0
+        total, stats, kind = 0.0, 0.0, hidden_states.device.type
         branches = torch.stack([hidden_states, *fixed_states.values()])  # (1 + fixed, N, D)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        head, branches = weight.to(dtype), branches.to(dtype)  # once; autocast would cast the table for each product
         # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
-        room = None if hidden_states.is_cuda else hidden_states.new_empty(
-            len(branches) * min(chunk, len(hidden_states)), len(weight))
+        room = None if kind == "cuda" else branches.new_empty(len(branches) * min(chunk, len(hidden_states)), len(head))
         for i in range(0, len(hidden_states), chunk):
             h = branches[:, i:i + chunk].flatten(0, 1)  # (branches n, D)
-            logits = torch.mm(h, weight.T, out=None if room is None else room[:len(h)])
+            logits = torch.mm(h, head.T, out=None if room is None else room[:len(h)])
             logits = (logits if bias is None else logits.add_(bias)).unflatten(0, (len(branches), -1))
-            grad, h = logits[0], hidden_states[i:i + chunk]  # (n, V), (n, D)
+            grad, h = logits[0], branches[0, i:i + chunk]  # (n, V), (n, D)
             for j in range(0, len(h), block):
                 part = slice(j, min(j + block, len(h)))
                 fixed = {name: scale_logits(config, z[part].float()) for name, z in zip(fixed_states, logits[1:])}
@@ -332,8 +333,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 grad[part], = torch.autograd.grad(z, leaf, grad_z)
                 total, stats = total + loss, stats + values
             if needs_hidden:
-                grad_hidden[i:i + chunk] = grad @ weight
-            if needs_weight and grad.dtype == h.dtype == weight.dtype:
+                grad_hidden[i:i + chunk] = grad @ head
+            if needs_weight and dtype == weight.dtype:
                 grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
             elif needs_weight:
                 grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
@@ -348,9 +349,9 @@ class ChunkedHeadLoss(torch.autograd.Function):
         return *(None if g is None else g * grad_total for g in ctx.saved_tensors), *[None] * 5
 
 
-def head_chunk(lm):
-    """Rows n whose logits (n, V) take 64 MB in fp32."""
-    return max(16, 2**24 // lm.get_output_embeddings().weight.shape[0])
+def head_rows(lm, log2_logits):
+    """How many rows of logits (n, V) hold about 2^log2_logits numbers."""
+    return max(1, 2**log2_logits // lm.get_output_embeddings().weight.shape[0])
 
 
 def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=None):
@@ -358,8 +359,9 @@ def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=N
     {name: (N, D)} give further logits of the same positions, without gradient.
 
     loss_fn(logits (n, V) fp32, slice, **fixed logits) -> summed loss, stats, d loss / d logits (n, V)."""
-    head, config, chunk = lm.get_output_embeddings(), lm.config.get_text_config(), chunk or head_chunk(lm)
-    block = block or (chunk if hidden_states.is_cuda else max(1, chunk // 32))  # (block, V) takes 2 MB
+    head, config, cuda = lm.get_output_embeddings(), lm.config.get_text_config(), hidden_states.is_cuda
+    chunk = chunk or head_rows(lm, 26 if cuda else 24)  # per branch 128 MB of bf16 or 64 MB of fp32
+    block = block or head_rows(lm, 24 if cuda else 19)  # each temporary of the loss: 64 MB of fp32, or 2 MB
     return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn,
                                  fixed_states or {}, chunk, block)
 

@@ -18,13 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, positive, run, seed_for)
+from common import SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, memory_gb, positive, run, seed_for
 from data import Conversations, another_task, global_batch, split_eval
 from lm import load_config, load_lm, load_tokenizer
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, collate,
                    embedding_rms, init_markers, open_shards)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
-                      is_finished, load_optimizer, lr_scale, memory_gb, open_log, plot, prune, publish, ranks, save_run)
+                      is_finished, load_optimizer, lr_scale, open_log, plot, prune, publish, ranks, save_run)
 
 LOSS_TERMS = ["task", "align", "kl", "cosine", "sep"]
 COLUMNS = ["step", "epoch", "loss", *LOSS_TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",
@@ -215,7 +215,8 @@ def train(args):
     if latent:
         groups.append({"params": list(actor.adapter.parameters()), "lr": adapter_lr, "weight_decay": 0.0})
     peaks = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2))
+    fused = device.startswith("cuda") or None  # one kernel, without temporaries as large as the parameters
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=fused)
     if checkpoint:
         load_optimizer(actor, optimizer, checkpoint)
 

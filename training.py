@@ -10,7 +10,6 @@ import csv
 import math
 import os
 import re
-import resource
 import shutil
 
 import matplotlib
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import UserError, atomic_path, read_json, remove, write_json
+from common import UserError, atomic_path, read_json, remove, this_rank, write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,13 +36,13 @@ NOT_SETTINGS = ["output_dir", "resume", "per_device_train_batch_size", "per_devi
 # 1. Ranks
 
 def ranks(args):
-    """(rank, world size, device) of this process: torchrun's, or (0, 1, ...) without it."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """`this_rank` -> (rank, world size, device). Raises UserError if the flags do not fit the number of ranks."""
+    rank, world, device = this_rank()
     if args.global_batch_size % world:
         raise UserError(f"--global_batch_size {args.global_batch_size} must be a multiple of the {world} ranks")
     if args.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node N")
-    return rank, world, f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    return rank, world, device
 
 
 def distribute(module, args, world, device):
@@ -54,7 +53,8 @@ def distribute(module, args, world, device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 or args.fsdp:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        cuda = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=cuda)
     if args.fsdp:
         mesh = init_device_mesh(device.split(":")[0], (world,))
         for layer in module.lm.get_decoder().layers:
@@ -94,12 +94,6 @@ def clip_gradients(parameters, max_norm):
 def autocast(device):
     """bf16 products over fp32 parameters on CUDA: a step of 1e-5 is lost in bf16 parameters. Nothing on CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else contextlib.nullcontext()
-
-
-def memory_gb(device):
-    """Peak memory of this process so far."""
-    return (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
