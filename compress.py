@@ -111,7 +111,7 @@ def entropy(lm, hidden_states):
     parts = []
     for h in hidden_states.split(head_rows(lm, 24)):  # (n, D)
         log_probs = F.log_softmax(lm_logits(lm, h), dim=-1)  # (n, V)
-        parts.append(-torch.linalg.vecdot(log_probs.exp(), log_probs))
+        parts.append(-(log_probs.exp() * log_probs).sum(-1))
     return torch.cat(parts)
 
 

@@ -293,8 +293,9 @@ def adaptive_weight(ceiling, loss, scale):
     return ceiling * min(max(loss / scale, 0.1), 1.0)
 
 
-torch.empty(31 * 2**20, dtype=torch.uint8)  # freed untouched: glibc then keeps 62 MB for reuse, not a few, where
-# handing a block's pages back and touching new ones would take longer than the loss of the block
+# On a CPU: glibc keeps free memory up to twice the largest block it was given back (of at most 32 MB) and returns other
+# pages, and touching new ones takes longer than the loss of a few rows. So a large block, never touched, is freed first
+torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
@@ -307,17 +308,15 @@ class ChunkedHeadLoss(torch.autograd.Function):
     stay in the CPU's cache from one operation to the next."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block):
+    def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block, dtype):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        total, stats, kind = 0.0, 0.0, hidden_states.device.type
-        branches = torch.stack([hidden_states, *fixed_states.values()])  # (1 + fixed, N, D)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head, branches = weight.to(dtype), branches.to(dtype)  # once; autocast would cast the table for each product
+        total, stats, head = 0.0, 0.0, weight.to(dtype)  # once, not for each product
+        branches = torch.stack([hidden_states, *fixed_states.values()]).to(dtype)  # (1 + fixed, N, D)
         # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
-        room = None if kind == "cuda" else branches.new_empty(len(branches) * min(chunk, len(hidden_states)), len(head))
+        room = None if head.is_cuda else branches.new_empty(len(branches) * min(chunk, len(hidden_states)), len(head))
         for i in range(0, len(hidden_states), chunk):
             h = branches[:, i:i + chunk].flatten(0, 1)  # (branches n, D)
             logits = torch.mm(h, head.T, out=None if room is None else room[:len(h)])
@@ -346,7 +345,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _):
-        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), *[None] * 5
+        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), *[None] * 6
 
 
 def head_rows(lm, log2_logits):
@@ -359,11 +358,13 @@ def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=N
     {name: (N, D)} give further logits of the same positions, without gradient.
 
     loss_fn(logits (n, V) fp32, slice, **fixed logits) -> summed loss, stats, d loss / d logits (n, V)."""
-    head, config, cuda = lm.get_output_embeddings(), lm.config.get_text_config(), hidden_states.is_cuda
-    chunk = chunk or head_rows(lm, 26 if cuda else 24)  # per branch 128 MB of bf16 or 64 MB of fp32
-    block = block or head_rows(lm, 24 if cuda else 19)  # each temporary of the loss: 64 MB of fp32, or 2 MB
-    return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn,
-                                 fixed_states or {}, chunk, block)
+    head, config, kind = lm.get_output_embeddings(), lm.config.get_text_config(), hidden_states.device.type
+    chunk = chunk or head_rows(lm, 26 if kind == "cuda" else 24)  # per branch 128 MB of bf16 or 64 MB of fp32
+    block = block or head_rows(lm, 24 if kind == "cuda" else 19)  # each temporary of the loss: 64 MB of fp32, or 2 MB
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    with torch.autocast(kind, enabled=False):  # for it a dot product is a product: the losses would be sums in bf16
+        return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn,
+                                     fixed_states or {}, chunk, block, dtype)
 
 
 def supervised(hidden_states, labels):

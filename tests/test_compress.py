@@ -294,6 +294,21 @@ def test_memory_flags_change_no_result(world, reference, tmp_path, more):
     assert_same_curve(tmp_path / "o", reference)
 
 
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "true"]])
+def test_bf16_teacher_and_autocast_give_nearly_the_same_curve(world, tmp_path, monkeypatch, more):
+    """What CUDA does, on a CPU: the actor is loaded in bf16, the student computes in bf16 over fp32 parameters."""
+    small, load = ["--learning_rate", 1e-6], LatentActor.load  # larger steps of a random student leave their course
+    main(argv(world, tmp_path / "fp32", *small))
+    monkeypatch.setattr(LatentActor, "load", lambda path, dtype, *args: load(path, "bf16", *args))
+    monkeypatch.setattr(compress, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    main(argv(world, tmp_path / "bf16", *small, *more))
+    assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
+    assert column(tmp_path / "bf16", "loss") != column(tmp_path / "fp32", "loss")  # it was on
+    for name in ("loss", "task", "kl", "align", "eval_loss"):
+        assert column(tmp_path / "bf16", name) == pytest.approx(column(tmp_path / "fp32", name), rel=0.03), name
+    assert any(round(128 * kl, 3) % 1 for kl in column(tmp_path / "bf16", "kl"))  # its sums are in fp32
+
+
 def test_schedule_and_optimizer_flags(world, tmp_path):
     out = tmp_path / "o"
     flags = argv(world, out, "--num_train_epochs", 4.5, "--warmup_ratio", 0.5, "--adam_beta2", 0.9, "--eval_ratio", 0)

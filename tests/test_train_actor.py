@@ -100,6 +100,17 @@ def test_memory_flags_change_no_result(world, reference, tmp_path, more):
     assert_same_curve(tmp_path / "o", reference)
 
 
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "true"]])
+def test_bf16_autocast_gives_nearly_the_same_curve(world, reference, tmp_path, monkeypatch, more):
+    """What CUDA does, on a CPU: bf16 products over fp32 parameters, in every pass."""
+    monkeypatch.setattr(train_actor, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    main(argv(world, tmp_path / "o", *SPLIT, *more))
+    assert {v.dtype for v in weights(tmp_path / "o").values()} == {torch.float32}
+    assert column(tmp_path / "o", "loss") != column(reference, "loss")  # it was on
+    for name in ("loss", "task", "align", "sep", "grad_norm", "eval_loss", "infonce"):
+        assert column(tmp_path / "o", name) == pytest.approx(column(reference, name), rel=0.03, abs=3e-3), name
+
+
 def test_schedule_and_optimizer_flags(world, tmp_path):
     out = tmp_path / "o"
     flags = argv(
