@@ -1,18 +1,13 @@
-"""Tiny random models, tokenizers with real chat templates, and data: what the hub would give, made on the spot.
-
-python tests/tiny.py DIRECTORY writes a random byte-level Qwen2, to try commands with."""
+"""Tiny random models, tokenizers with real chat templates, and data: what the hub would give, made on the spot."""
 import json
 import os
-import sys
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import torch  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
-
-from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, add_markers, embedding_rms,  # noqa: E402
-                   init_markers, write_shard)
+from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers,
+                   write_shard)
 
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are helpful."
           "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -100,7 +95,3 @@ def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="
         adapter = HiddenStateProcessor(sender_dim, width, 4, output_scale=embedding_rms(lm) / 0.2)
         info |= {"sender": "tiny", "sender_hidden_size": sender_dim, "num_heads": 4}
     return LatentActor(lm, tokenizer, adapter, info).eval()
-
-
-if __name__ == "__main__":
-    save_model(sys.argv[1])
