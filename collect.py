@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, positive, remove,
-                    run, seed_for, share, this_rank, write_json)
+from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, positive,
+                    read_json, remove, run, seed_for, share, this_rank, write_json)
 from data import load_saved, load_tasks, optional
 from games import sender_tasks
 from lm import DTYPES, growing_cache, lm_logits, load_config, load_lm, load_tokenizer, next_tokens
@@ -69,7 +69,9 @@ def get_args(argv):
         g.add_argument("--shard_size_mb", type=float, default=512, help="start a new shard beyond this size")
         g = p.add_argument_group("sender")
         g.add_argument("--model_name_or_path", required=True, help="any Hugging Face causal LM, or a student directory")
-        g.add_argument("--prompt_template", default=template, help="what the sender is asked; {task} is replaced")
+        g.add_argument("--prompt_template",
+                       help=f"what the sender is asked; {{task}} is replaced; default: with --latent_steps what a "
+                            f"trained student was asked, else {template!r}")
         g.add_argument("--chat_template", choices=["auto", "none"], default="auto",
                        help="auto: the tokenizer's own chat template; none: the bare prompt")
         g.add_argument("--torch_dtype", choices=DTYPES, default="bf16", help="of the model, and of the stored states")
@@ -199,6 +201,9 @@ def collect(args):
     if args.temperature <= 0 or args.top_k < 0:
         raise UserError(f"--temperature must be above 0, --top_k not below, got {args.temperature} and {args.top_k}: "
                         f"for greedy decoding leave --do_sample false")
+    if args.prompt_template is None:
+        own = os.path.join(args.model_name_or_path, "latent_bridge.json") if args.latent_steps else ""
+        args.prompt_template = read_json(own)["prompt_template"] if os.path.exists(own) else PRESETS[args.command][0]
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
     if bool(args.dataset_path) == bool(args.env) or args.env and (args.response_field or args.subjects):
@@ -282,8 +287,8 @@ def collect(args):
     bar.close()
     if rank == 0:
         ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"
-        print(f"wrote {ready} to {args.output_dir}; look: python collect.py inspect {args.output_dir}; next: give it to "
-              f"train_actor.py, compress.py or an evaluation as --hidden_data {args.output_dir}")
+        print(f"wrote {ready} to {args.output_dir}; look: python collect.py inspect {args.output_dir}; next: "
+              f"train_actor.py, compress.py or an evaluation with --hidden_data {args.output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

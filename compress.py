@@ -23,10 +23,10 @@ from tqdm import tqdm
 from collect import PRESETS, left_pad
 from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, memory_gb, positive, run, seed_for,
                     write_json)
-from data import Conversations, global_batch, read_info, split_eval
+from data import Conversations, global_batch, split_eval
 from lm import lm_logits, load_config, load_tokenizer
 from model import (LatentActor, LatentSender, assemble, collate, cross_entropy, encode_conversation, head_rows,
-                   head_loss, kl_divergence, open_shards, render_turn)
+                   head_loss, kl_divergence, open_shards, read_info, render_turn)
 from training import (accumulate, all_reduce, autocast, clean, clip_gradients, compile_layers, distribute, find_start,
                       is_finished, load_optimizer, lr_scale, open_log, plot, prune, publish, ranks, save_run)
 
@@ -41,8 +41,8 @@ def get_args(argv):
     g.add_argument("--teacher_model_name_or_path", required=True, help="an actor directory; it stays frozen")
     g.add_argument("--student_model_name_or_path", required=True, help="the sender to start from: any causal LM")
     g.add_argument("--K", type=positive, default=128, help="latent steps")
-    g.add_argument("--prompt_template", default=PRESETS["alfworld"][0],
-                   help="what the student is asked; {task} is replaced (MATH: collect.py's prompt for it)")
+    g.add_argument("--prompt_template",
+                   help="what the student is asked; {task} is replaced; default: what the sender of --hidden_data was")
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the models ship")
     g = parser.add_argument_group("data")
     g.add_argument("--train_file", required=True, help="conversations, as in train_actor.py")
@@ -195,19 +195,20 @@ def placeholder(data, n, latents):
 
 def train(args):
     rank, world, device = ranks(args)
-    if "{task}" not in args.prompt_template:
+    if "{task}" not in (args.prompt_template or "{task}"):
         raise UserError("--prompt_template must contain {task}")
     settings, state, checkpoint, best_source = find_start(args)
 
     # teacher and data, all checked before a model is loaded
     teacher_config = load_config(args.teacher_model_name_or_path, args.trust_remote_code)
-    info = read_info(args.teacher_model_name_or_path, args.trust_remote_code)
+    info = read_info(args.teacher_model_name_or_path)
     if info.get("message") != "latent":
         raise UserError(f"{args.teacher_model_name_or_path} has no adapter: the teacher must be an actor that "
                         f"train_actor.py wrote with --message latent")
     source = checkpoint or args.student_model_name_or_path
     tokenizer, config = load_tokenizer(source, args.trust_remote_code), load_config(source, args.trust_remote_code)
     shards = open_shards(args.hidden_data)
+    args.prompt_template = args.prompt_template or shards.sender.get("prompt_template", PRESETS["alfworld"][0])
     for name, width in ((args.student_model_name_or_path, config.hidden_size), (args.hidden_data, shards.hidden_size)):
         if width != info["sender_hidden_size"]:
             raise UserError(f"the adapter of {args.teacher_model_name_or_path} reads states "

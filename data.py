@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from common import UserError, is_text, read_json, seed_for
 from lm import load_config, load_tokenizer
-from model import (BOP, PLAN_ANNOUNCEMENT, assemble, encode_conversation, open_shards, plan_ids_for, render_turn,
-                   to_messages)
+from model import (BOP, PLAN_ANNOUNCEMENT, assemble, encode_conversation, open_shards, plan_ids_for, read_info,
+                   render_turn, to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Tasks
@@ -302,13 +302,6 @@ def perturb(variant, latents, *seed):
     raise UserError(f"unknown perturbation {variant}: one of {', '.join(PERTURBATIONS)}")
 
 
-def read_info(path, trust_remote_code=False):
-    """latent_adapter.json of an actor, {} for a plain model."""
-    load_config(path, trust_remote_code)
-    info = os.path.join(path, "latent_adapter.json")
-    return read_json(info) if os.path.exists(info) else {}
-
-
 def variants_of(args):
     """--variants, each once, under its own name. Raises UserError if the flags about messages contradict each other."""
     variants = list(dict.fromkeys("none" if variant == "latent" else variant for variant in args.variants))
@@ -329,7 +322,10 @@ def variants_of(args):
 def actor_of(variants, model_path, baseline_paths, cross=None, trust_remote_code=False):
     """{variant: the actor's path}, {path: its latent_adapter.json}. cot_full and no_cot have actors of their own, and
     so has qwen2llama where it reads messages `cross` of another sender, beside those that model_path reads."""
-    infos = {path: read_info(path, trust_remote_code) for path in [model_path, *baseline_paths]}
+    infos = {}
+    for path in [model_path, *baseline_paths]:
+        load_config(path, trust_remote_code)  # a wrong path is an error before any model is loaded
+        infos[path] = read_info(path)
     paths = {}
     for variant in variants:
         paths[variant] = model_path

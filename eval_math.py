@@ -54,7 +54,7 @@ def get_args(argv):
                    help="for qwen2llama: messages of a sender of another family; the actor of --model_path or "
                         "--baseline_path that fits reads them; default: as none")
     g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: a row per K of these")
-    g.add_argument("--prompt_template", help="with --sender: what it is asked; default: collect.py's")
+    g.add_argument("--prompt_template", help="with --sender: what it is asked; default: as collect.py's")
     g.add_argument("--max_plan_tokens", type=positive, default=512, help="with --sender: longest plan")
     g.add_argument("--sender_batch_size", type=positive, default=16, help="with --sender: prompts decoded together")
     g.add_argument("--keep_ratio", type=float, nargs="*", default=[1.0], help="cut messages to this share of rows")

@@ -301,18 +301,15 @@ torch.empty(31 * 2**20, dtype=torch.uint8)
 class ChunkedHeadLoss(torch.autograd.Function):
     """Sum of a loss over N positions through the output head, without ever holding (N, V).
 
-    A chunk's logits live only inside the loop: their gradient is formed at once, in the forward pass, as
-    d loss / d hidden (n, D) and d loss / d weight (V, D), and takes their place. Recomputing them in the backward pass
-    would cost one more product with the head per branch. A product takes a whole chunk of all branches, because it
-    reads all of the head; the loss, which is more memory traffic than arithmetic, takes a few rows at a time, which
-    stay in the CPU's cache from one operation to the next."""
+    A chunk's logits live only inside the loop, where their gradient takes their place and becomes d loss / d hidden and
+    d loss / d weight at once: to recompute them in the backward pass would cost one more product with the head per
+    branch. A product takes a whole chunk of all branches, because it reads all of the head; the loss, more memory
+    traffic than arithmetic, takes a few rows at a time, which stay in the CPU's cache."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block, dtype):
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden_states) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(x) if needed else None for x, needed in zip(
+            (hidden_states, weight, bias), ctx.needs_input_grad))
         total, stats, head = 0.0, 0.0, weight.to(dtype)  # once, not for each product
         branches = torch.stack([hidden_states, *fixed_states.values()]).to(dtype)  # (1 + fixed, N, D)
         # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
@@ -331,13 +328,13 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 loss, values, grad_z = loss_fn(z.detach(), slice(i + part.start, i + part.stop), **fixed)
                 grad[part], = torch.autograd.grad(z, leaf, grad_z)
                 total, stats = total + loss, stats + values
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[i:i + chunk] = grad @ head
-            if needs_weight and dtype == weight.dtype:
+            if grad_weight is not None and dtype == weight.dtype:
                 grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
-            elif needs_weight:
+            elif grad_weight is not None:
                 grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(stats)
@@ -442,18 +439,36 @@ class LatentActor(nn.Module):
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):
         """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval mode."""
+        info, adapter = read_info(directory), None
         lm, tokenizer = load_lm(directory, dtype, trust_remote_code), load_tokenizer(directory, trust_remote_code)
-        path, adapter = os.path.join(directory, "latent_adapter.json"), None
-        info = read_json(path) if os.path.exists(path) else {}
         if info.get("message") == "latent":
             adapter = HiddenStateProcessor(info["sender_hidden_size"], lm.get_input_embeddings().weight.shape[1],
                                            info["num_heads"])
-            try:
-                adapter.load_state_dict(load_file(os.path.join(directory, "latent_adapter.safetensors")))
-            except (OSError, SafetensorError, RuntimeError) as e:
-                raise UserError(f"{directory}: latent_adapter.safetensors does not fit its .json: {e}") from None
+            load_own(adapter, os.path.join(directory, "latent_adapter.safetensors"))
             adapter.to(lm.dtype)
         return cls(lm, tokenizer, adapter, info).to(device).eval()
+
+
+def read_info(directory):
+    """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is not what `save` writes."""
+    path = os.path.join(directory, "latent_adapter.json")
+    info = read_json(path) if os.path.exists(path) else {}
+    sizes = ("sender_hidden_size", "num_heads")
+    if not isinstance(info, dict) or info.get("message") == "latent" and not all(
+            isinstance(info.get(k), int) for k in sizes):
+        raise UserError(f"{path} is not what train_actor.py writes: expected {sizes}, found {str(info)[:80]}")
+    return info
+
+
+def load_own(module, path):
+    """Load a file of `save`: all parameters of a module but those of its `lm`. Raises UserError if they do not fit."""
+    try:
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+        missing = [name for name in missing if not name.startswith("lm.")]
+        if missing or unexpected:
+            raise ValueError(f"missing {missing}, unexpected {unexpected}")
+    except (OSError, SafetensorError, RuntimeError, ValueError) as e:
+        raise UserError(f"{path} is damaged or does not fit the model beside it: {e}: train it again") from None
 
 
 def part_of(state_dict, prefix):
@@ -522,7 +537,7 @@ class LatentSender(nn.Module):
         sender = cls(load_lm(directory, dtype, trust_remote_code))
         path = os.path.join(directory, "latent_bridge.safetensors")
         if os.path.exists(path):
-            sender.load_state_dict(load_file(path), strict=False)
+            load_own(sender, path)
         return sender.to(device, DTYPES[dtype]).eval()
 
 

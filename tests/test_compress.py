@@ -9,14 +9,14 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import collect
 import compress
 from compress import LOSS_TERMS, compression_loss, kl_weights, load_teacher, main
 from lm import load_tokenizer
 from model import (BOP, EOP, PLAN_ANNOUNCEMENT, LatentActor, LatentSender, LatentShards, assemble, encode_conversation,
-                   to_messages)
+                   to_messages, write_shard)
 from tiny import make_actor, make_data, save_model
 from transformers import AutoModelForCausalLM
 
@@ -413,13 +413,12 @@ def test_early_stopping_and_the_best_student(world, tmp_path, monkeypatch):
 
 # ---- the student directory
 
-def collected(student, world, out):
+def collected(student, world, out, prompt=("--prompt_template", "{task}?")):
     """The messages that collect.py writes with a student, for the tasks of the training file."""
     shards = LatentShards(world["messages"])
     tasks = write(f"{out}.json", [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
     collect.main(["custom", "--model_name_or_path", str(student), "--dataset_path", tasks, "--output_dir", str(out),
-                  "--prompt_template", "{task}?", "--latent_steps", str(K), "--torch_dtype", "fp32",
-                  "--batch_size", "3"])
+                  *prompt, "--latent_steps", str(K), "--torch_dtype", "fp32", "--batch_size", "3"])
     return LatentShards(str(out))
 
 
@@ -461,6 +460,31 @@ def test_student_directory(world, reference, tmp_path):
     for task_id in trained.records:
         assert (trained[task_id] - bridgeless[task_id]).abs().amax(-1)[1:].min() > 1e-4
         assert (trained[task_id] - untrained[task_id]).abs().max() > 1e-3
+
+
+def test_a_damaged_bridge_is_one_line(world, reference, tmp_path, refuses):
+    shutil.copytree(reference, tmp_path / "student")
+    bridge = tmp_path / "student" / "latent_bridge.safetensors"
+    tasks = write(tmp_path / "t.json", [{"id": "a", "task": "b"}])
+    argv = ["custom", "--model_name_or_path", tmp_path / "student", "--dataset_path", tasks, "--latent_steps", K,
+            "--output_dir", tmp_path / "m"]
+    bridge.write_bytes(bridge.read_bytes()[:-3])
+    refuses(collect.main, argv, bridge, "damaged")
+    save_file({"start": torch.zeros(WIDTH)}, bridge)
+    refuses(collect.main, argv, bridge, "missing", "bridge.weight")
+
+
+def test_prompts_go_from_the_sender_to_its_student_and_on(world, reference, tmp_path, capsys):
+    """Without the flag a student is asked what the sender of the full messages was, and later what it was trained on."""
+    shards = LatentShards(world["messages"])
+    write_shard(str(tmp_path / "full" / "latents-rank00000-00000.safetensors"), {k: shards[k] for k in shards.records},
+                shards.records, shards.sender | {"prompt_template": "Say {task} shorter."})
+    flags = argv(world, tmp_path / "o", "--hidden_data", tmp_path / "full", "--max_steps", 1)
+    i = flags.index("--prompt_template")
+    main(flags[:i] + flags[i + 2:])
+    assert "Say task t" in capsys.readouterr().out.split("first prompt of the student: ")[1]
+    assert collected(tmp_path / "o", world, tmp_path / "m", ()).sender["prompt_template"] == "Say {task} shorter."
+    assert collected(world["student"], world, tmp_path / "u", ()).sender["prompt_template"] == collect.PLAN_PROMPT
 
 
 def test_student_reads_the_senders_task_in_its_own_template(world, tmp_path, capsys):

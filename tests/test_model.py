@@ -431,8 +431,12 @@ def test_actor_saves_bit_for_bit(tmp_path, family, kind, sender_dim, tied):
     assert loaded.tokenizer.convert_tokens_to_ids([BOP, EOP]) == actor.tokenizer.convert_tokens_to_ids([BOP, EOP])
     assert loaded.tokenizer.chat_template == actor.tokenizer.chat_template
     save_file({"x": torch.zeros(1)}, tmp_path / "latent_adapter.safetensors")
-    with pytest.raises(UserError, match="latent_adapter.safetensors does not fit"):
+    with pytest.raises(UserError, match="latent_adapter.safetensors is damaged or does not fit.*unexpected.*x"):
         LatentActor.load(str(tmp_path))
+    for text in ('{"message": "latent"}', "[]"):
+        (tmp_path / "latent_adapter.json").write_text(text)
+        with pytest.raises(UserError, match="latent_adapter.json is not what train_actor.py writes"):
+            LatentActor.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("vocab", [259, 280])
