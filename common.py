@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 
 import torch
 from safetensors import SafetensorError
@@ -187,9 +188,10 @@ def this_rank():
 
 
 def memory_gb(device):
-    """Peak memory of this process so far: the GPU's if it has one."""
-    return (torch.cuda.max_memory_allocated(device) if device.startswith("cuda")
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
+    """Peak memory of this process so far: on its GPU if it has one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def seed_for(*parts):

@@ -478,8 +478,9 @@ def part_of(state_dict, prefix):
 
 def add_markers(tokenizer):
     """Make <bop> and <eop> single tokens -> the ids that are new (none if the tokenizer has them already)."""
-    n = tokenizer.add_tokens([BOP, EOP], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids([BOP, EOP])[2 - n:]
+    new = [token for token in (BOP, EOP) if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens([BOP, EOP], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(new)
 
 
 def init_markers(lm, new_ids):

@@ -452,6 +452,9 @@ def test_markers_grow_the_table_only_if_needed(vocab, tied):
     torch.testing.assert_close(table[new_ids], before[:259].mean(0).expand(2, -1))
     assert lm(torch.tensor([new_ids])).logits.shape[-1] == len(table)
     assert add_markers(tokenizer) == []  # a tokenizer that has them keeps them
+    half = make_tokenizer()
+    half.add_tokens([EOP], special_tokens=True)
+    assert add_markers(half) == [half.convert_tokens_to_ids(BOP)]
 
 
 # ---- perturbations
