@@ -202,8 +202,9 @@ def collect(args):
         raise UserError(f"--temperature must be above 0, --top_k not below, got {args.temperature} and {args.top_k}: "
                         f"for greedy decoding leave --do_sample false")
     if args.prompt_template is None:
-        own = os.path.join(args.model_name_or_path, "latent_bridge.json") if args.latent_steps else ""
-        args.prompt_template = read_json(own)["prompt_template"] if os.path.exists(own) else PRESETS[args.command][0]
+        path = os.path.join(args.model_name_or_path, "latent_bridge.json")
+        own = read_json(path) if args.latent_steps and os.path.exists(path) else {}
+        args.prompt_template = own.get("prompt_template", PRESETS[args.command][0])
     if "{task}" not in args.question_template:
         raise UserError("--question_template must contain {task}")
     if bool(args.dataset_path) == bool(args.env) or args.env and (args.response_field or args.subjects):

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from common import UserError, atomic_path, is_text, read_json, remove, write_json
-from lm import DTYPES, lm_logits, load_lm, load_tokenizer, scale_logits
+from lm import DTYPES, load_lm, load_tokenizer, scale_logits
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"

@@ -38,8 +38,9 @@ import tiny  # noqa: E402
 from common import Parser, positive, run, write_json  # noqa: E402
 from eval_alfworld import play  # noqa: E402
 from games import GameWorkers  # noqa: E402
+from lm import lm_logits  # noqa: E402
 from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, LatentSender, LatentShards,  # noqa: E402
-                   add_markers, assemble, collate, lm_logits, write_shard)
+                   add_markers, assemble, collate, write_shard)
 
 hf_logging.set_verbosity_error()
 
