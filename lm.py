@@ -1,5 +1,5 @@
 """
-What we ask of Hugging Face: configs, tokenizers, models by path or hub id; logits and the token they choose; a cache.
+What we ask of Hugging Face: configs, tokenizers and their templates, models; logits and the token they choose; a cache.
 """
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,12 @@ def load_tokenizer(path, trust_remote_code=False):
         return loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"no tokenizer at {path}: {str(e).splitlines()[0]}") from None
+
+
+def template_text(tokenizer, messages, add_generation_prompt):
+    """The tokenizer's chat template, rendered. Llama's templates write today's date: here it is always the same."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                         date_string="26 Jul 2024")
 
 
 def load_config(path, trust_remote_code=False):

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from common import UserError, atomic_path, is_text, read_json, remove, write_json
-from lm import DTYPES, load_lm, load_tokenizer, scale_logits
+from lm import DTYPES, load_lm, load_tokenizer, scale_logits, template_text
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
@@ -37,7 +37,6 @@ PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prompts: conversations -> token ids and labels
 
-TEMPLATE_DATE = {"date_string": "26 Jul 2024"}  # left to Llama's templates, prompts change with the calendar
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -89,8 +88,7 @@ def render_turn(tokenizer, messages, announcement=None, add_generation_prompt=Tr
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
     marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
     try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                             **TEMPLATE_DATE)
+        text = template_text(tokenizer, marked, add_generation_prompt)
     except Exception as e:  # jinja's TemplateError: roles that must alternate, no system turn allowed, ...
         raise UserError(f"{where}: the chat template refuses the turns {' '.join(roles)}: {e}") from None
     pieces = re.split("\ue000(\\d+)\ue001", text)  # template, turn number, template, turn number, ..., template
@@ -128,8 +126,7 @@ def end_of_turn(tokenizer):
 def reply_lead(tokenizer):
     """What a template writes between its generation prompt and a reply: a space in Mistral's, mostly nothing."""
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\ue000"}]
-    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True, **TEMPLATE_DATE)
-    whole = tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_DATE)
+    prompt, whole = template_text(tokenizer, turns[:1], True), template_text(tokenizer, turns, False)
     return whole[len(prompt):whole.index("\ue000")] if whole.startswith(prompt) else ""
 
 
@@ -310,7 +307,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block, dtype):
         grad_hidden, grad_weight, grad_bias = (torch.zeros_like(x) if needed else None for x, needed in zip(
             (hidden_states, weight, bias), ctx.needs_input_grad))
-        total, stats, head = 0.0, 0.0, weight.to(dtype)  # once, not for each product
+        needs, total, stats = any(ctx.needs_input_grad[:3]), 0.0, 0.0
+        head = weight.to(dtype)  # once, not for each product
         branches = torch.stack([hidden_states, *fixed_states.values()]).to(dtype)  # (1 + fixed, N, D)
         # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
         room = None if head.is_cuda else branches.new_empty(len(branches) * min(chunk, len(hidden_states)), len(head))
@@ -323,10 +321,11 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 part = slice(j, min(j + block, len(h)))
                 fixed = {name: scale_logits(config, z[part].float()) for name, z in zip(fixed_states, logits[1:])}
                 with torch.enable_grad():  # it is off in here, and some families have a last touch for logits
-                    leaf = grad[part].detach().requires_grad_()
+                    leaf = grad[part].detach().requires_grad_(needs)
                     z = scale_logits(config, leaf.float())
                 loss, values, grad_z = loss_fn(z.detach(), slice(i + part.start, i + part.stop), **fixed)
-                grad[part], = torch.autograd.grad(z, leaf, grad_z)
+                if needs:
+                    grad[part], = torch.autograd.grad(z, leaf, grad_z)
                 total, stats = total + loss, stats + values
             if grad_hidden is not None:
                 grad_hidden[i:i + chunk] = grad @ head
@@ -359,9 +358,11 @@ def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=N
     chunk = chunk or head_rows(lm, 26 if kind == "cuda" else 24)  # per branch 128 MB of bf16 or 64 MB of fp32
     block = block or head_rows(lm, 24 if kind == "cuda" else 19)  # each temporary of the loss: 64 MB of fp32, or 2 MB
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    inputs = [hidden_states, head.weight, getattr(head, "bias", None)]
+    if not torch.is_grad_enabled():  # needs_input_grad does not know, and an evaluation would form the table's gradient
+        inputs = [None if x is None else x.detach() for x in inputs]
     with torch.autocast(kind, enabled=False):  # for it a dot product is a product: the losses would be sums in bf16
-        return ChunkedHeadLoss.apply(hidden_states, head.weight, getattr(head, "bias", None), config, loss_fn,
-                                     fixed_states or {}, chunk, block, dtype)
+        return ChunkedHeadLoss.apply(*inputs, config, loss_fn, fixed_states or {}, chunk, block, dtype)
 
 
 def supervised(hidden_states, labels):

@@ -146,6 +146,18 @@ def test_chunked_loss_equals_plain(chunk, block, tied, bias, config):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_evaluation_forms_no_gradient(monkeypatch):
+    """Without autograd the loss is the same, and neither the logits' nor the table's gradient is computed."""
+    actor, needed, forward = make_actor(), [], model.ChunkedHeadLoss.forward
+    batch = collate(sample_rows(actor))
+    monkeypatch.setattr(model.ChunkedHeadLoss, "forward", lambda ctx, *args: (
+        needed.append(any(ctx.needs_input_grad)), forward(ctx, *args))[1])
+    with_grad = actor(batch)[0]
+    with torch.no_grad():
+        assert torch.equal(actor(batch)[0], with_grad)
+    assert needed == [True, False]
+
+
 @pytest.mark.parametrize("parts", [(1, 1), (1, 0), (0, 1)])
 def test_training_loss_is_the_definition(parts):
     """Value and gradients against the formula on full logits, shifted by one, p_P and p_N frozen."""
