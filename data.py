@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from common import UserError, is_text, read_json, seed_for
+from common import UserError, is_text, read_json, seed_for, this_rank
 from lm import load_config, load_tokenizer
 from model import (BOP, PLAN_ANNOUNCEMENT, assemble, encode_conversation, open_shards, plan_ids_for, read_info,
                    render_turn, to_messages)
@@ -142,8 +142,7 @@ class Conversations:
         self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
         self.path, self.messages, self.lengths, self.n_labels, self.message_rows, seen = path, [], [], [], [], set()
         self.width = width  # of the messages: given, or that of the first
-        rank = int(os.environ.get("RANK", 0))
-        for n, record in enumerate(tqdm(records, f"read {path}", unit="row", delay=2, disable=rank > 0)):
+        for n, record in enumerate(tqdm(records, f"read {path}", unit="row", delay=2, disable=this_rank()[0] > 0)):
             if "id" not in record or "conversations" not in record:
                 raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
             row_id = str(record["id"])
