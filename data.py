@@ -1,33 +1,252 @@
 """
 What the stages read.
 
-    1. tasks      what a sender is asked: files, MATH's directory, a hub dataset
-    2. rows       what an actor learns from: conversations with their messages
-    3. variants   what an actor is told in an evaluation (paper, baselines and ablations)
+    1. prompts            conversations -> token ids and labels; one function builds them for training and evaluation
+    2. tasks              what a sender is asked: files, MATH's directory, a hub dataset
+    3. training samples   what an actor learns from: conversations with their messages
 """
 import functools
 import glob
 import importlib
-import math
 import os
 import re
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-from common import UserError, is_text, read_json, seed_for, this_rank
-from lm import load_config, load_tokenizer
-from model import (BOP, PLAN_ANNOUNCEMENT, assemble, encode_conversation, open_shards, plan_ids_for, read_info,
-                   render_turn, to_messages)
+from common import UserError, is_text, progress, read_json, seed_for, this_rank
+from model import BOP, EOP, build_sample, template_text
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Tasks
+# 1. Prompts
+
+PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
+PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
+MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "
+               "that lead to the solution, in order and in general terms. Do no calculation and do not state the "
+               "answer.\nThe problem is: {task}")
+MATH_QUESTION = "{task}\nPut the final answer in \\boxed{}."  # what the actor reads, in train.json and in eval_math.py
+PRESETS = {  # name: (sender's prompt, conversation turn with the task, its field, field of the reply, actor's question)
+    "alfworld": (PLAN_PROMPT, 2, "task", None, "{task}"),  # ETO's turns: instruction, OK, task
+    "math": (MATH_PROMPT, 0, "problem", "solution", MATH_QUESTION),
+    "custom": (PLAN_PROMPT, 0, "task", None, "{task}"),
+}
+ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
+
+
+def to_messages(record, task_turn=0, where="conversation"):
+    """{"conversations": [{"from", "value"}], "system"?} or {"messages": [{"role", "content"}]} -> [{"role", "content"}].
+
+    task_turn t > 0 folds turns 0 and t into the first human turn and drops what lies between: ETO's files open with
+    instruction, "OK", task. A system turn stays in front and is not counted. Raises UserError naming `where`."""
+    turns = record.get("conversations", record.get("messages"))
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
+    messages = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": str(record["system"]).strip()})
+    for turn in turns:
+        check_turn(turn, where)
+        role, text = ROLES[turn.get("from", turn.get("role"))], turn.get("value", turn.get("content"))
+        # many templates trim, so everything is trimmed: training and evaluation then agree under any template
+        messages.append({"role": role, "content": text.strip()})
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    messages = messages[len(system):]
+    if task_turn:
+        check_task_turn(messages, task_turn, where)
+        text = messages[0]["content"] + "\n\n" + messages[task_turn]["content"]
+        messages = [{"role": "user", "content": text}] + messages[task_turn + 1:]
+    if not messages or messages[0]["role"] != "user":
+        raise UserError(f"{where}: a conversation starts with a human turn (after an optional system turn)")
+    return system + messages
+
+
+def check_turn(turn, where):
+    if isinstance(turn, dict):
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if isinstance(role, str) and role in ROLES and is_text(text):
+            return
+    raise UserError(f"{where}: each turn needs 'from' (one of {', '.join(ROLES)}) and a text 'value', found "
+                    f"{str(turn)[:80]}")
+
+
+def check_task_turn(messages, task_turn, where):
+    if len(messages) <= task_turn:
+        raise UserError(f"{where}: --task_turn {task_turn}, but the conversation has {len(messages)} turns")
+    for n in (0, task_turn):
+        if messages[n]["role"] != "user":
+            raise UserError(f"{where}: --task_turn {task_turn} joins turns 0 and {task_turn}, but turn {n} is not a "
+                            f"human one: count from 0, without a system turn")
+
+
+def text_ids(tokenizer, text):
+    """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def encode_pieces(tokenizer, pieces):
+    """[(text, is it user-supplied?)] -> ids, and for each id the number of the piece where it ends.
+
+    Template and text are tokenized as one string, so the ids are those of apply_chat_template(tokenize=True) even where
+    words join across the border, and offsets tell the pieces apart:
+
+        "[INST] " + "Find x" + " [/INST]"  ->  [INST] ▁Find ▁x ▁ [/INST]  of pieces  0 1 1 2 2
+
+    Only where user-supplied text spells a control token is each piece tokenized alone."""
+    supplied_text = "\n".join(text for text, supplied in pieces if supplied)
+    if any(token in supplied_text for token in control_tokens(tokenizer, len(tokenizer))):
+        ids, numbers = [], []
+        for n, (text, supplied) in enumerate(pieces):
+            encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=supplied)
+            ids += encoding.input_ids
+            numbers += [n] * len(encoding.input_ids)
+        return ids, numbers
+    encoding = tokenizer("".join(text for text, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
+    ends = np.cumsum([len(text) for text, _ in pieces])
+    last_characters = [max(end - 1, start) for start, end in encoding.offset_mapping]
+    return encoding.input_ids, np.searchsorted(ends, last_characters, side="right").tolist()
+
+
+def template_pieces(tokenizer, messages, add_generation_prompt, where):
+    """The rendered template -> [template, text of turn 0, template, text of turn 1, ..., template].
+
+    It is rendered with a mark in place of each turn's text, so template and text are told apart whatever they say."""
+    roles = " ".join(message["role"] for message in messages)
+    marked = [{**message, "content": f"\ue000{n}\ue001"} for n, message in enumerate(messages)]
+    try:
+        text = template_text(tokenizer, marked, add_generation_prompt)
+    except UserError:
+        raise
+    except Exception as error:  # jinja's: roles that must alternate, no system turn allowed, ...
+        raise UserError(f"{where}: the chat template refuses the turns {roles}: {error}") from None
+    pieces = re.split("\ue000(\\d+)\ue001", text)
+    if pieces[1::2] != [str(n) for n in range(len(messages))]:
+        raise UserError(f"{where}: the chat template drops, moves or repeats a turn ({roles})")
+    pieces[1::2] = [message["content"] for message in messages]
+    return pieces
+
+
+@functools.lru_cache(maxsize=32)
+def control_tokens(tokenizer, n_tokens):
+    """The tokens that user-supplied text must not spell; n_tokens, its size, is there for the cache: <bop> may come."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def up_to_control_token(tokenizer, text):
+    """The start of a text, up to and including its first control token; "" if there is none."""
+    ends = [text.index(token) + len(token) for token in control_tokens(tokenizer, len(tokenizer)) if token in text]
+    return text[:min(ends, default=0)]
+
+
+@functools.lru_cache(maxsize=32)
+def reply_frame(tokenizer, chat_template):
+    """What a template writes around a reply -> (lead, end in the middle, end of the last turn), texts.
+
+    The lead stands between the generation prompt and the reply: an empty thought (Qwen3), a channel (gpt-oss), a space
+    (Mistral, Llama-2). A turn ends with a control token, and some templates close the last turn with another one than
+    the turns before it (gpt-oss); "" if there is none."""
+    turns = [{"role": role, "content": "-"} for role in ("user", "assistant", "user")]
+    where = f"the chat template of {tokenizer.name_or_path}"
+    prompt = template_text(tokenizer, turns[:1], True)
+    last = template_pieces(tokenizer, turns[:2], False, where)
+    middle = template_pieces(tokenizer, turns, False, where)
+    opening = "".join(last[:3])
+    lead = opening[len(prompt):] if opening.startswith(prompt) else ""
+    return lead, up_to_control_token(tokenizer, middle[4]), up_to_control_token(tokenizer, last[4])
+
+
+def check_reply_end(tokenizer):
+    if not reply_frame(tokenizer, tokenizer.chat_template)[2]:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} ends assistant turns without a control token, "
+                        f"so a reply would never end: use a template that writes the end-of-turn token")
+
+
+def stop_ids(tokenizer, lm=None):
+    """Every id that ends a reply: wherever a turn ends in a training sample, and the model's own."""
+    ends = reply_frame(tokenizer, tokenizer.chat_template)[1:] if tokenizer.chat_template else []
+    stops = {tokenizer(end, add_special_tokens=False).input_ids[-1] for end in ends if end}
+    generation_eos = lm.generation_config.eos_token_id if lm is not None else None
+    stops |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
+    return sorted((stops | {tokenizer.eos_token_id}) - {None})
+
+
+def final_reply(text):
+    """A reply without the thoughts before it: what a game, a grader or a file gets."""
+    return text.rsplit("</think>", 1)[-1].strip()
+
+
+def encode_prompt(tokenizer, messages, announcement=None, where="conversation", reply=None):
+    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of ints.
+
+    Where the first human turn is part of the answer, the message goes between `before`, which then ends with the
+    announcement and <bop>, and `after`, which starts with <eop>; announcement None leaves all of that out. The released
+    code builds the prompts of training and of evaluation in two places, and they differ; here every prompt of both is
+    built by this function, turn by turn, as a growing KV cache reads it. A third list follows where a `reply` is given:
+    its ids, with its end of turn."""
+    texts = template_pieces(tokenizer, messages, True, where)
+    lead, _, end_of_turn = reply_frame(tokenizer, tokenizer.chat_template)
+    texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
+    roles = [message["role"] for message in messages]
+    first = 2 * roles.index("user") + 1  # the piece with the first human turn
+    replies = [2 * n + 1 for n, role in enumerate(roles) if role == "assistant"]
+    pieces = [(text, n % 2 == 1) for n, text in enumerate(texts)]
+    if announcement is not None:
+        pieces[first] = (f"{texts[first]}\n{announcement}", True)
+        pieces[first + 1] = (BOP + EOP + texts[first + 1], False)
+    if reply is not None:
+        pieces += [(lead[len(lead.rstrip(" ")):], False), (reply, True), (end_of_turn, False)]
+    ids, numbers = encode_pieces(tokenizer, pieces)
+    start = sum(n <= replies[-1] for n in numbers) if replies else 0
+    end = sum(n < len(texts) for n in numbers)
+    if replies:
+        before, after = [], ids[start:end]
+    elif announcement is None:
+        split = sum(n <= first for n in numbers)
+        before, after = ids[:split], ids[split:end]
+    else:
+        split = ids.index(tokenizer.convert_tokens_to_ids(BOP)) + 1
+        before, after = ids[:split], ids[split:end]
+    return (before, after) if reply is None else (before, after, ids[end:])
+
+
+def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
+    """A training sample -> (before, after, labels): the message goes between `before` and `after`; labels (for `after`)
+    are the ids of every assistant token including its end of turn, -100 elsewhere. No label ever lies in `before`."""
+    before, after, labels = [], [], []
+    check_reply_end(tokenizer)
+    ends = reply_frame(tokenizer, tokenizer.chat_template)[1:]
+    middle_end, last_end = (len(tokenizer(end, add_special_tokens=False).input_ids) for end in ends)
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        head, prompt, reply = encode_prompt(tokenizer, messages[:k], announcement, where, message["content"])
+        if labels:  # the next prompt opens with the end of the reply before it, as the template writes it there
+            after, labels = after[:-last_end], labels[:-last_end]
+            labels += prompt[:middle_end] + [-100] * (len(prompt) - middle_end)
+        else:
+            labels = [-100] * len(prompt)
+        before += head
+        after += prompt + reply
+        labels += reply
+    if not labels:
+        raise UserError(f"{where}: no assistant turn, nothing to learn from")
+    return before, after, labels
+
+
+def plan_ids_for(tokenizer, plan, plan_token_ids):
+    """Ids of the plan in this tokenizer: the sender's where both share a vocabulary, else the text's."""
+    if plan_token_ids and max(plan_token_ids) < len(tokenizer):
+        if tokenizer.decode(plan_token_ids, skip_special_tokens=True).strip() == plan.strip():
+            return list(plan_token_ids)
+    return text_ids(tokenizer, plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Tasks
 
 def optional(name):
-    """Import a library that only other people's files need."""
+    """Import a library that only other people's files need. Raises UserError with the pip command."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -40,50 +259,79 @@ def load_saved(path, split):
     try:
         data = optional("datasets").load_from_disk(path)
         return data[split] if isinstance(data, dict) else data
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{path}: no dataset of save_to_disk with a split {split}: {str(e).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no dataset of save_to_disk with a split {split}: "
+                        f"{str(error).splitlines()[0]}") from None
+
+
+def read_math_directory(path, split):
+    """MATH's own directory, split/subject/N.json; ids are split/subject/N, whatever is read of it."""
+    names = glob.glob(os.path.join(glob.escape(path), split, "*", "*.json"))
+    if not names:
+        folders = sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
+        raise UserError(f"{path} has no problems {split}/<subject>/<number>.json: use a --split of {folders}")
+    records = []
+    for name in names:
+        record = read_json(name)
+        if not isinstance(record, dict):
+            raise UserError(f"{name}: expected one problem, found a {type(record).__name__}")
+        subject, number = os.path.relpath(name, os.path.join(path, split)).removesuffix(".json").split(os.sep)
+        records.append({"type": subject, **record, "id": f"{split}/{subject}/{number}"})
+    # by number, then subject: the first N are a mix of subjects
+    return sorted(records, key=lambda r: (len(r["id"].split("/")[2]), r["id"].split("/")[2], r["id"]))
+
+
+def read_hub(path, split):
+    """A dataset of the hub; some copies of MATH have one configuration per subject."""
+    datasets = optional("datasets")
+    try:
+        records, names = [], datasets.get_dataset_config_names(path)
+        for name in names:
+            for n, record in enumerate(datasets.load_dataset(path, name, split=split)):
+                position = f"{split}/{name}/{n}" if len(names) > 1 else f"{split}/{n}"
+                records.append({**record, "id": str(record.get("id", position))})
+        return records
+    except Exception as error:  # the hub's errors have no class in common
+        raise UserError(f"no file or directory {path}, and no hub dataset with a split {split}: "
+                        f"{(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def read_records(path, split):
-    """The records of a file, of MATH's directory (split/subject/N.json), of a save_to_disk folder, or of the hub."""
+    """The records of a file, of MATH's directory, of a save_to_disk folder, or of the hub."""
     if glob.glob(os.path.join(path, "dataset_*.json")) or glob.glob(os.path.join(path, split, "dataset_*.json")):
         return load_saved(path, split).to_list()
     if os.path.isdir(path):
-        names = {os.path.relpath(name, path).removesuffix(".json").replace(os.sep, "/"): name
-                 for name in glob.glob(os.path.join(path, split, "*", "*.json"))}
-        if not names:
-            raise UserError(f"{path} has no problems {split}/<subject>/<number>.json: use a --split of "
-                            f"{sorted(n for n in os.listdir(path) if os.path.isdir(os.path.join(path, n)))}")
-        records = []
-        for key in sorted(names, key=lambda key: (len(key.split("/")[2]), key.split("/")[2], key)):
-            record = read_json(names[key])  # by number, then subject: the first N are a mix of subjects
-            if not isinstance(record, dict):
-                raise UserError(f"{names[key]}: expected one problem, found a {type(record).__name__}")
-            records.append({"type": key.split("/")[1], **record, "id": key})
-        return records
+        return read_math_directory(path, split)
     if path.endswith((".json", ".jsonl")):
         return read_json(path)
     if os.path.exists(path):
         parquet = optional("pyarrow.parquet")
         try:
             return parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as e:  # ArrowInvalid is a ValueError
-            raise UserError(f"{path} is neither .json, .jsonl nor Parquet: {str(e).splitlines()[0]}") from None
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise UserError(f"{path} is neither .json, .jsonl nor Parquet: {str(error).splitlines()[0]}") from None
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or path.endswith(".parquet"):
         raise UserError(f"no file or directory {path}")
-    datasets = optional("datasets")
-    try:  # some hub copies of MATH have one configuration per subject
-        names = datasets.get_dataset_config_names(path)
-        return [{**row, "id": str(row.get("id", f"{split}/{name}/{n}" if len(names) > 1 else f"{split}/{n}"))}
-                for name in names for n, row in enumerate(datasets.load_dataset(path, name, split=split))]
-    except Exception as e:  # the hub's errors have no class in common
-        raise UserError(f"no file or directory {path}, and no hub dataset with a split {split}: "
-                        f"{(str(e) or type(e).__name__).splitlines()[0]}") from None
+    return read_hub(path, split)
 
 
 def subject_key(name):
     """"Counting & Probability" and counting_and_probability are the same subject."""
     return re.sub(r"[\W_]+", "_", str(name).lower().replace("&", "and"))
+
+
+def task_text(record, task_field, conversations_index, where):
+    """The task of a record: its field, or a turn of its conversations."""
+    if task_field in record:
+        return record[task_field]
+    if "conversations" not in record:
+        raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
+                        f"{', '.join(record)}; see --task_field")
+    turns = record["conversations"]
+    if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
+        raise UserError(f"{where}: its conversations have no turn {conversations_index}, see --conversations_index")
+    turn = turns[conversations_index]
+    return turn.get("value") if isinstance(turn, dict) else None
 
 
 def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0,
@@ -99,133 +347,159 @@ def load_tasks(path, id_field="id", task_field="problem", response_field="soluti
         if task_id in seen or task_id == "__metadata__":
             raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
         seen.add(task_id)
-        if task_field in record:
-            task = record[task_field]
-        elif "conversations" in record:
-            turns = record["conversations"]
-            if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
-                raise UserError(f"{where}: its conversations have no turn {conversations_index}, see "
-                                f"--conversations_index")
-            turn = turns[conversations_index]
-            task = turn.get("value") if isinstance(turn, dict) else None
-        else:
-            raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
-                            f"{', '.join(record)}; see --task_field")
+        task = task_text(record, task_field, conversations_index, where)
         if not is_text(task) or not is_text(task_id) or not task.strip():
             raise UserError(f"{where}: the task is empty or not a text")
         if response_field and not is_text(record.get(response_field)):
             raise UserError(f"{where} has no text in field '{response_field}', see --response_field")
+        task = {"id": task_id, "task": task.strip(), "reply": record.get(response_field)}
         labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
-        tasks.append({"id": task_id, "task": task.strip(), "reply": record.get(response_field),
-                      **{k: v for k, v in labels.items() if v is not None}})
+        tasks.append(task | {name: label for name, label in labels.items() if label is not None})
     if subjects:
-        found = {subject_key(t["type"]): str(t["type"]) for t in tasks if "type" in t}
-        unknown = [s for s in subjects if subject_key(s) not in found]
+        names = {subject_key(t["type"]): str(t["type"]) for t in tasks if "type" in t}
+        wanted = {subject_key(subject): subject for subject in subjects}
+        unknown = [wanted[key] for key in wanted if key not in names]
         if unknown:
-            raise UserError(f"{path} has no subject {unknown[0]}, it has: {', '.join(found.values()) or 'none'}")
-        wanted = set(map(subject_key, subjects))
-        tasks = [t for t in tasks if "type" in t and subject_key(t["type"]) in wanted]
+            raise UserError(f"{path} has no subject {unknown[0]}, it has: {', '.join(names.values()) or 'none'}")
+        tasks = [t for t in tasks if subject_key(t.get("type")) in wanted]
     return tasks[:max_samples]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Rows
+# 3. Training samples
 
 class Conversations:
-    """The rows of a file, encoded and checked, in lists by position; messages are read when a batch needs them."""
+    """The samples of a file, encoded and checked, in lists by position; latents are read when a batch needs them."""
 
-    def __init__(self, path, args, tokenizer, shards, max_length, width=None):
-        announcement = args.plan_announcement if args.message != "none" else None
-        records = read_json(path)
-        if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-            raise UserError(f"{path}: expected a list of records with id and conversations")
-        self.records, self.shards, self.ids, self.tasks, self.encoded, self.plans = records, shards, [], [], [], []
-        self.path, self.messages, self.lengths, self.n_labels, self.message_rows, seen = path, [], [], [], [], set()
-        self.width = width  # of the messages: given, or that of the first
-        for n, record in enumerate(tqdm(records, f"read {path}", unit="row", delay=2, disable=this_rank()[0] > 0)):
-            if "id" not in record or "conversations" not in record:
-                raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
-            row_id = str(record["id"])
-            where = f"{path}: id {row_id}"
-            if row_id in seen:
-                raise UserError(f"{where} occurs twice: ids must be unique")
-            seen.add(row_id)
-            self.ids.append(row_id)
-            messages = to_messages(record["conversations"], args.task_turn, where)
-            before, after, labels = encode_conversation(tokenizer, messages, announcement, where)
-            stored = shards.records[row_id] if shards is not None and row_id in shards else {}
-            plan = record.get("plan") or stored.get("plan", "")
-            if not is_text(plan) or not is_text(row_id):
-                raise UserError(f"{where}: its id or plan is not a text, found {str(plan)[:80]!r}")
-            plan_ids, rows = [], 0
-            if args.message != "none":
-                plan_ids = plan_ids_for(tokenizer, plan, [] if record.get("plan") else stored.get("plan_token_ids"))
-                if not stored and args.message == "latent" and not self.inline(record):
-                    raise UserError(f"{where} has no message in {args.hidden_data or '--hidden_data (not given)'}: run "
-                                    f"collect.py on this task, or remove the row")
-                if not plan_ids:
-                    raise UserError(f"{where}: empty plan: collect it again, or give the row a 'plan'")
-                if args.message == "latent":
-                    rows = len(self.latents(n)) if self.inline(record) else shards.lengths[row_id]
-                    width = self.latents(n).shape[1] if self.inline(record) else shards.hidden_size
-                    if width != (self.width or width):
-                        raise UserError(f"{where}: its message is {width} wide, expected {self.width}: one actor reads "
-                                        f"one sender")
-                    self.width = width
-                else:
-                    rows = len(plan_ids)
-            if rows > args.prepended_length:
-                raise UserError(f"{where}: a message of {rows} rows exceeds --prepended_length "
-                                f"{args.prepended_length}: raise it, or collect with --c {args.prepended_length}")
-            length = len(before) + max(rows, len(plan_ids)) + len(after)
-            if length > max_length:
-                raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: "
-                                f"shorten the row, or raise --model_max_length if the model allows it")
+    def __init__(self, path, tokenizer, shards=None, message="latent", announcement=PLAN_ANNOUNCEMENT, task_turn=0,
+                 max_length=2**31, max_message=2048, sender_dim=None):
+        self.path, self.shards, self.sender_dim = path, shards, sender_dim
+        self.records = read_json(path)
+        check_records(self.records, path)
+        self.ids = [str(record["id"]) for record in self.records]
+        self.tasks, self.messages, self.encoded, self.plans = [], [], [], []
+        self.message_lengths, self.lengths, self.n_labels = [], [], []
+        self.instruction = None  # turn 0 of --task_turn, which opens every game
+        for n in progress(range(len(self.records)), this_rank()[0], desc=f"read {path}", unit="sample", leave=False):
+            record, where = self.records[n], f"{path}: id {self.ids[n]}"
+            messages = to_messages(record, task_turn, where)
+            with_message = announcement if message != "none" else None
+            before, after, labels = encode_conversation(tokenizer, messages, with_message, where)
+            plan_ids, length = [], 0
+            if message != "none":
+                plan_ids = self.plan_ids(n, tokenizer, where)
+                length = self.check_message(n, where) if message == "latent" else len(plan_ids)
+            check_lengths(length, len(before) + max(length, len(plan_ids)) + len(after), max_message, max_length, where)
             # what the sender was asked tells tasks apart, even where all actors are asked the same
-            self.tasks.append(stored.get("task") or next(m["content"] for m in messages if m["role"] == "user"))
+            first_turn = next(m["content"] for m in messages if m["role"] == "user")
+            self.tasks.append(self.stored(n).get("task") or first_turn)
             self.messages.append(messages)
             self.encoded.append((before, after, labels))
-            self.message_rows.append(rows)
             self.plans.append(plan_ids)
-            self.lengths.append(length)
+            self.message_lengths.append(length)
+            self.lengths.append(len(before) + max(length, len(plan_ids)) + len(after))
             self.n_labels.append(sum(label != -100 for label in labels))
+        if task_turn:
+            turns = to_messages(self.records[0])
+            self.instruction = next(m["content"] for m in turns if m["role"] == "user")
 
     def __len__(self):
         return len(self.ids)
 
-    @staticmethod
-    def inline(record):
-        return "hidden_state" in record or "hidden_state_path" in record
+    def stored(self, n):
+        """What the shards hold of sample n: {"task", "plan", "plan_token_ids", ...}, or {}."""
+        return self.shards.records[self.ids[n]] if self.shards is not None and self.ids[n] in self.shards else {}
+
+    def plan_ids(self, n, tokenizer, where):
+        """Ids of the plan of sample n: of its text in the file, or of what the sender wrote."""
+        plan, written = self.records[n].get("plan"), self.stored(n).get("plan_token_ids")
+        if plan:
+            written = None
+        plan = plan or self.stored(n).get("plan", "")
+        if not is_text(plan):
+            raise UserError(f"{where}: its plan is not a text, found {str(plan)[:80]!r}")
+        ids = plan_ids_for(tokenizer, plan, written)
+        if not ids:
+            raise UserError(f"{where}: empty plan: collect it again, or give the record a 'plan'")
+        return ids
+
+    def check_message(self, n, where):
+        """The length of sample n's latent message. Raises UserError if there is none, or of another width."""
+        if has_latents(self.records[n]):
+            length, width = self.latents(n).shape
+        elif not self.stored(n):
+            raise UserError(f"{where} has no message in {self.shards.directory if self.shards else '--hidden_data'}: "
+                            f"run collect.py on this task, or remove the record")
+        else:
+            length, width = self.shards.lengths[self.ids[n]], self.shards.hidden_size
+        self.sender_dim = self.sender_dim or width
+        if width != self.sender_dim:
+            raise UserError(f"{where}: its message is {width} wide, expected {self.sender_dim}: one actor reads one "
+                            f"sender")
+        return length
 
     def latents(self, n):
-        """The raw message of row n, (L, d_s): from the row itself, from its file, or from the shards."""
-        record, where = self.records[n], f"{self.path}: id {self.ids[n]}"
-        if not self.inline(record):
+        """The raw message of sample n, (L, d_s): from the record itself, from its file, or from the shards."""
+        record = self.records[n]
+        if not has_latents(record):
             return self.shards[self.ids[n]]
-        path = record.get("hidden_state_path")
         try:
-            if path is None:
-                latents = torch.tensor(record["hidden_state"], dtype=torch.float32)
-            elif path.endswith(".npy"):
-                latents = torch.from_numpy(np.load(path))
-            elif path.endswith(".safetensors"):
-                latents, = load_file(path).values()
-            else:
-                latents = torch.load(path, weights_only=True, map_location="cpu")
+            latents = read_latents(record)
             if latents.dim() != 2 or not len(latents) or not torch.isfinite(latents).all():
                 raise ValueError(f"expected finite numbers of shape (L, d), found shape {tuple(latents.shape)}")
-        except Exception as e:  # whatever a foreign file holds, the user hears which row it was
-            raise UserError(f"{where}: cannot read its hidden_state{f' from {path}' if path else ''}: {e}") from None
+        except Exception as error:  # whatever a foreign file holds, the user hears which sample it was
+            path = record.get("hidden_state_path", "")
+            raise UserError(f"{self.path}: id {self.ids[n]}: cannot read its hidden_state {path}: {error}") from None
         return latents
 
-    def row(self, n, message, tenths=0, source=None):
-        """Row n with the message of row `source` (default its own); tenths of it are plan tokens."""
+    def sample(self, n, message, ratio=0.0, source=None):
+        """Sample n with the message of sample `source` (default n); a share `ratio` of it are words of the plan."""
         source = n if source is None else source
         if message == "none":
-            return assemble(*self.encoded[n])
+            return build_sample(*self.encoded[n])
         if message == "text":
-            return assemble(*self.encoded[n], plan_ids=self.plans[source], tenths=10)
-        return assemble(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), tenths=tenths)
+            return build_sample(*self.encoded[n], plan_ids=self.plans[source], ratio=1.0)
+        return build_sample(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), ratio=ratio)
+
+
+def has_latents(record):
+    return "hidden_state" in record or "hidden_state_path" in record
+
+
+def read_latents(record):
+    """hidden_state (nested lists) or hidden_state_path (.npy, .safetensors, .pt) of a record -> (L, d)."""
+    path = record.get("hidden_state_path")
+    if path is None:
+        return torch.tensor(record["hidden_state"], dtype=torch.float32)
+    if path.endswith(".npy"):
+        return torch.from_numpy(np.load(path))
+    if path.endswith(".safetensors"):
+        latents, = load_file(path).values()
+        return latents
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def check_records(records, path):
+    """Raises UserError unless these are records with conversations and an id each, all different."""
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: expected a list of records with id and conversations")
+    seen = set()
+    for n, record in enumerate(records):
+        if "id" not in record or not {"conversations", "messages"} & record.keys():
+            raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
+        task_id = str(record["id"])
+        if task_id in seen or not is_text(task_id):
+            raise UserError(f"{path}: id {task_id!r} occurs twice or is not a text: ids must be unique")
+        seen.add(task_id)
+
+
+def check_lengths(message_length, length, max_message, max_length, where):
+    if message_length > max_message:
+        raise UserError(f"{where}: a message of {message_length} states exceeds --prepended_length {max_message}: raise "
+                        f"it, or collect with --c {max_message}")
+    if length > max_length:
+        raise UserError(f"{where}: {length} tokens with its message exceed the context of {max_length}: shorten the "
+                        f"sample, or raise --model_max_length if the model allows it")
 
 
 @functools.lru_cache(maxsize=2)
@@ -234,14 +508,17 @@ def permutation(n, *seed):
 
 
 def global_batch(step, n, size, seed):
-    """[(draw, position)] of one optimizer step, from a stream of permutations, one per epoch. It depends on the step
-    alone, so any number of ranks and any restart see the same batch."""
-    return [(k, permutation(n, seed, k // n)[k % n]) for k in range(step * size, (step + 1) * size)]
+    """[(draw, position)] of one optimizer step, from a stream of permutations of n samples, one per epoch. It depends
+    on the step alone, so any number of ranks and any restart see the same batch:
+
+        n = 3, size = 2, permutations [2 0 1] [1 2 0]  ->  step 0: [(0, 2), (1, 0)]   step 1: [(2, 1), (3, 1)]"""
+    draws = range(step * size, (step + 1) * size)
+    return [(draw, permutation(n, seed, draw // n)[draw % n]) for draw in draws]
 
 
 def another_task(n, tasks, *seed):
-    """Index of a sample whose task text differs from sample n's; raises UserError if there is none. Never n itself,
-    for any batch size or number of ranks (the released code's pool holds the sample itself)."""
+    """Index of a sample whose task differs from sample n's: never n itself, for any batch size or number of ranks (the
+    released code's pool holds the sample itself). Raises UserError if all tasks are the same."""
     generator = torch.Generator().manual_seed(seed_for("another", *seed))
     for _ in range(64):
         other = torch.randint(len(tasks), (), generator=generator).item()
@@ -254,188 +531,7 @@ def another_task(n, tasks, *seed):
 
 
 def split_eval(data, ratio, seed):
-    """Positions of training and held-out rows; a row's side depends on its id, not on the order of the file."""
+    """Positions of training and held-out samples; a sample's side depends on its id, not on the order of the file."""
     by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
     held_out = set(by_hash[:round(ratio * len(data))])
     return [n for n in range(len(data)) if n not in held_out], sorted(held_out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Variants
-
-PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
-LATENT_VARIANTS = ("none", "qwen2llama", "cross_task", *PERTURBATIONS)  # none: the message as it is
-VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
-
-
-def perturb(variant, latents, *seed):
-    """Destroy a message's structure but keep chosen statistics (paper, ablations). latents (L, d) -> (L, d), fp32.
-
-    covgauss0: Gaussian with H's covariance, zero mean; covgauss1: and H's mean; randomrot: H's own mean and covariance,
-    rows rotated within its row space; covnoise a: H + a * covariance-shaped noise; whitenoise: H + isotropic noise of
-    the same total power."""
-    H = latents.float()
-    L, d = H.shape
-    generator = torch.Generator().manual_seed(seed_for(variant, *seed))
-    mean = H.mean(0, keepdim=True)
-    X = H - mean  # (L, d), centred
-    if variant == "randomrot":
-        U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-        k = int((S > S[0] * max(L, d) * torch.finfo(torch.float32).eps).sum())  # directions under the rank tolerance
-        if k == 0:  # one row, or equal rows: nothing to rotate
-            return H.clone()
-        Q, R = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
-        Q = Q * R.diagonal().sign()  # Haar-distributed
-        # the columns of U sum to zero and are orthonormal, and so are those of U Q: mean and covariance both stay
-        return (U[:, :k] @ Q * S[:k] @ Vh[:k]).float() + mean
-    if variant == "whitenoise":
-        std = (X.pow(2).sum() / max(L - 1, 1) / d).sqrt()  # trace of the covariance, spread evenly
-        return H + std * torch.randn(L, d, generator=generator)
-    noise = torch.randn(L, L, generator=generator) @ X / math.sqrt(max(L - 1, 1))  # rows ~ N(0, cov(H))
-    if variant == "covgauss0":
-        return noise
-    if variant == "covgauss1":
-        return noise + mean
-    if variant.startswith("covnoise"):
-        return H + float(variant[len("covnoise"):]) * noise
-    raise UserError(f"unknown perturbation {variant}: one of {', '.join(PERTURBATIONS)}")
-
-
-def variants_of(args):
-    """--variants, each once, under its own name. Raises UserError if the flags about messages contradict each other."""
-    variants = list(dict.fromkeys("none" if variant == "latent" else variant for variant in args.variants))
-    for variant in variants:
-        if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant}: one of {', '.join(VARIANTS)}")
-    if args.latent_steps and not args.sender:
-        raise UserError("--latent_steps needs --sender: the student that thinks these steps")
-    if args.sender and args.hidden_data and not args.latent_steps:
-        raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: give one of them")
-    if args.cross_hidden_data and "qwen2llama" not in variants:
-        raise UserError("--cross_hidden_data is what the variant qwen2llama reads: add it to --variants")
-    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
-        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
-    return variants
-
-
-def actor_of(variants, model_path, baseline_paths, cross=None, trust_remote_code=False):
-    """{variant: the actor's path}, {path: its latent_adapter.json}. cot_full and no_cot have actors of their own, and
-    so has qwen2llama where it reads messages `cross` of another sender, beside those that model_path reads."""
-    infos = {}
-    for path in [model_path, *baseline_paths]:
-        load_config(path, trust_remote_code)  # a wrong path is an error before any model is loaded
-        infos[path] = read_info(path)
-    paths = {}
-    for variant in variants:
-        paths[variant] = model_path
-        if variant in ("cot_full", "no_cot"):
-            message = "text" if variant == "cot_full" else "none"
-            fitting = [path for path in baseline_paths if infos[path].get("message") == message]
-            if not fitting:
-                raise UserError(f"{variant} needs its own actor: train one with train_actor.py --message {message} and "
-                                f"give it in --baseline_path")
-            paths[variant] = fitting[0]
-        if variant == "qwen2llama" and cross is not None:
-            fitting = [path for path in infos if infos[path].get("sender_hidden_size") == cross.hidden_size]
-            if not fitting:
-                raise UserError(f"{cross.directory} has messages {cross.hidden_size} wide, no actor of --model_path or "
-                                f"--baseline_path reads these: train one on messages of {cross.sender['model']}")
-            # of two that read this width, the one that was trained on this sender
-            paths[variant] = min(fitting, key=lambda path: infos[path].get("sender") != cross.sender["model"])
-        if variant == "text" and load_tokenizer(model_path, trust_remote_code).convert_tokens_to_ids(BOP) is None:
-            raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give a trained actor")
-    return paths, infos
-
-
-def check_settings(directory, settings, flag):
-    """Results on disk count as done if they were made with the same settings, which settings.json there keeps."""
-    path = os.path.join(directory, "settings.json")
-    before = read_json(path) if os.path.exists(path) else settings
-    changed = [k for k in settings if before.get(k) != settings[k]]
-    if changed:
-        names = ("set of weights in --model_path or --baseline_path" if k == "weights" else f"--{k}" for k in changed)
-        raise UserError(f"{directory} has results with another {', '.join(names)}: give another {flag}")
-
-
-def open_messages(args, directory, collect, command):
-    """{suffix of the label: LatentShards}: those of --hidden_data, and those of a live sender, which is stage 1 run on
-    these tasks (`collect` with the arguments `command`), once for each number of latent steps."""
-    shards = {"": open_shards(args.hidden_data)} if args.hidden_data else {}
-    for steps in (args.latent_steps or [None]) if args.sender else []:
-        suffix = f"_k{steps}" if steps else ""
-        output_dir = os.path.join(directory, "messages" + suffix)
-        collect([*command, "--model_name_or_path", args.sender, "--output_dir", output_dir,
-                 "--trust_remote_code", str(args.trust_remote_code), "--torch_dtype", args.torch_dtype,
-                 "--batch_size", str(args.sender_batch_size),
-                 "--max_new_tokens", str(args.max_plan_tokens), "--seed", str(args.seed),
-                 *(["--latent_steps", str(steps)] if steps else []),
-                 *(["--prompt_template", args.prompt_template] if args.prompt_template else [])])
-        if dist.is_initialized():
-            dist.barrier()
-        shards[suffix] = open_shards(output_dir)
-    return shards
-
-
-def label_sources(variants, shards, cross, keep_ratios, paths, infos, tasks):
-    """The rows of the table -> {label: (messages, share of their rows to keep)}, {label: variant}. A variant that reads
-    latents has a row per K and per share. Raises UserError if a message is missing or does not fit its actor."""
-    sources, variant_of = {}, {}
-    for variant in variants:
-        found = {"": cross} if variant == "qwen2llama" and cross is not None else shards
-        cells = [("", next(iter(found.values()), None), 1.0)]
-        if variant in LATENT_VARIANTS:
-            cells = [(suffix + ("" if keep == 1 else f"_keep{keep:g}"), messages, keep)
-                     for suffix, messages in found.items() for keep in keep_ratios] or cells
-        for suffix, messages, keep in cells:
-            check_messages(paths[variant], infos[paths[variant]], variant, messages, tasks)
-            sources[variant + suffix], variant_of[variant + suffix] = (messages, keep), variant
-    return sources, variant_of
-
-
-def message_row(actor, messages, n, variant, seed, source, tasks):
-    """The first prompt of game n under a variant, as a row for `collate`. messages: its turns so far (one human);
-    source: (shards, share of the rows to keep)."""
-    tokenizer, task_id, (shards, keep) = actor.tokenizer, tasks[n]["id"], source
-    if variant in ("no_comm", "no_cot"):
-        before, after = render_turn(tokenizer, messages, where=task_id)
-        return assemble(before, after, [-100] * len(after)) | {"message_rows": 0}
-    announcement = actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT)
-    before, after = render_turn(tokenizer, messages, announcement, where=task_id)
-    plan_ids, latents = [], None
-    if variant in ("text", "cot_full"):
-        record = shards.records[task_id]
-        plan_ids = plan_ids_for(tokenizer, record["plan"], record["plan_token_ids"])
-    elif variant == "cross_task":
-        # a task without a message counts as the same task, so it is never drawn
-        texts = [t["task"] if t["id"] in shards else tasks[n]["task"] for t in tasks]
-        latents = shards[tasks[another_task(n, texts, "cross_task", seed, task_id)]["id"]]
-    elif variant in PERTURBATIONS:
-        latents = perturb(variant, shards[task_id], seed, task_id)
-    else:
-        latents = shards[task_id]
-    if latents is not None:
-        latents = latents[:round(keep * len(latents))]
-    row = assemble(before, after, [-100] * len(after), plan_ids, latents, tenths=10 if plan_ids else 0)
-    return row | {"message_rows": len(plan_ids) if latents is None else len(latents)}
-
-
-def check_messages(actor_path, info, variant, shards, tasks):
-    """Everything that can be wrong with a variant's messages, before any model is loaded."""
-    if variant in ("no_comm", "no_cot"):
-        return
-    if variant in LATENT_VARIANTS and info.get("message") != "latent":
-        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): give an actor "
-                        f"that train_actor.py wrote with --message latent")
-    if shards is None:
-        raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
-    missing = [t["id"] for t in tasks if t["id"] not in shards]
-    if missing:
-        raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first {missing[0]}: run "
-                        f"collect.py on these tasks, or give --sender")
-    if variant in LATENT_VARIANTS and shards.hidden_size != info["sender_hidden_size"]:
-        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor_path} reads "
-                        f"{info['sender_hidden_size']}: collect with its own sender, {info.get('sender')}")
-    empty = [t["id"] for t in tasks if not shards.records[t["id"]]["plan"].strip()]
-    if variant in ("text", "cot_full") and empty:
-        raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to send: latent "
-                        f"steps write none, give --hidden_data with plans")

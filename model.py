@@ -5,160 +5,39 @@ A *sender* LLM thinks about a task; instead of its plan's text it hands over the
 H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input embeddings between <bop> and <eop>, at the
 end of the first human turn, and then acts. Read in this order:
 
-    1. prompts      one function builds the token ids for training and for evaluation
-    2. adapter      H (L, d_s) -> message rows in the actor's embedding space (L, d_a)
-    3. insertion    rows of ids and latents -> one padded batch of input embeddings
-    4. losses       task, plan similarity, separation; logits only where a label is, chunk by chunk
-    5. actor        LM + adapter
-    6. sender       the student that says it in K latent steps
-    7. messages     latent shards on disk
+    1. adapter        H (L, d_s) -> a message (L, d_a) in the actor's embedding space
+    2. insertion      ids and latents of some samples -> one padded batch of input embeddings
+    3. losses         task, plan similarity, separation; logits only where a label is, chunk by chunk
+    4. actor          LM + adapter
+    5. latent sender  the student that says it in K latent steps
+    6. messages       latent shards on disk
+    7. Hugging Face   what we ask of a model and its tokenizer: load, template, logits, cache
 """
-import contextlib
-import gc
+import copy
+import datetime
 import json
 import math
 import os
-import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from safetensors.torch import load_file, save, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as hf_logging
 
-from common import UserError, atomic_path, is_text, read_json, remove, write_json
-from lm import DTYPES, load_lm, load_tokenizer, scale_logits, template_text
+from common import UserError, atomic_path, read_json, write_json
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
-PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Prompts: conversations -> token ids and labels
-
-ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
-
-
-def to_messages(conversations, task_turn=0, where="conversation"):
-    """[{"from", "value"}] -> [{"role", "content"}]. task_turn t > 0 folds turns 0 and t into the first human turn and
-    drops what lies between (ETO's files open with instruction, "OK", task). Raises UserError naming `where`."""
-    if not isinstance(conversations, list) or not conversations:
-        raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
-    messages = []
-    for turn in conversations:
-        if not isinstance(turn, dict) or not is_text(turn.get("value")) or not (
-                isinstance(turn.get("from"), str) and turn["from"] in ROLES):
-            raise UserError(f"{where}: each turn needs 'from' (one of {', '.join(ROLES)}) and a text 'value', "
-                            f"found {str(turn)[:80]}")
-        # many templates trim, so everything is trimmed: training and evaluation then agree under any template
-        messages.append({"role": ROLES[turn["from"]], "content": turn["value"].strip()})
-    if task_turn:
-        if len(messages) <= task_turn:
-            raise UserError(f"{where}: --task_turn {task_turn}, but the conversation has {len(messages)} turns")
-        task = {"role": "user", "content": messages[0]["content"] + "\n\n" + messages[task_turn]["content"]}
-        messages = [task] + messages[task_turn + 1:]
-    roles = [m["role"] for m in messages]
-    if "user" not in roles or "assistant" in roles[:roles.index("user")]:
-        raise UserError(f"{where}: a conversation starts with a human turn (after an optional system turn)")
-    return messages
-
-
-def text_ids(tokenizer, text):
-    """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-def special_ids(tokenizer):
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def render_turn(tokenizer, messages, announcement=None, add_generation_prompt=True, where="conversation"):
-    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of ints.
-
-    The tokenizer's own chat template is rendered with a mark in place of each turn's text, so template and text are
-    told apart exactly, whatever the template. Where the first human turn is part of the answer, the message goes
-    between `before` (which then ends with the announcement and <bop>) and `after` (which starts with <eop>);
-    announcement None leaves all of that out. Training and evaluation build every prompt here, turn by turn."""
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
-                        f"set tokenizer.chat_template and save it")
-    roles = [m["role"] for m in messages]
-    first = roles.index("user") if "user" in roles else -1
-    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
-    marked = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-    try:
-        text = template_text(tokenizer, marked, add_generation_prompt)
-    except Exception as e:  # jinja's TemplateError: roles that must alternate, no system turn allowed, ...
-        raise UserError(f"{where}: the chat template refuses the turns {' '.join(roles)}: {e}") from None
-    pieces = re.split("\ue000(\\d+)\ue001", text)  # template, turn number, template, turn number, ..., template
-    turns = [int(n) for n in pieces[1::2]]
-    start = turns.index(last) + 1 if last in turns else 0
-    if sorted(turns[start:]) != list(range(last + 1, len(roles))):
-        raise UserError(f"{where}: the chat template drops or repeats a turn ({' '.join(roles)})")
-    before, after = [], []
-    ids = before if first > last else after
-    ids += tokenizer(pieces[2 * start], add_special_tokens=False).input_ids
-    for n in range(start, len(turns)):
-        content = messages[turns[n]]["content"]
-        if turns[n] == first and announcement is not None:
-            ids += text_ids(tokenizer, f"{content}\n{announcement}") + [tokenizer.convert_tokens_to_ids(BOP)]
-            after.append(tokenizer.convert_tokens_to_ids(EOP))
-        else:
-            ids += text_ids(tokenizer, content)
-        if turns[n] == first:
-            ids = after
-        ids += tokenizer(pieces[2 * n + 2], add_special_tokens=False).input_ids
-    return before, after
-
-
-def end_of_turn(tokenizer):
-    """Ids with which the template closes an assistant turn, up to its first special token (ChatML: <|im_end|>)."""
-    turn = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
-    ids, special = render_turn(tokenizer, turn, add_generation_prompt=False)[1], special_ids(tokenizer)
-    for n, token in enumerate(ids):
-        if token in special:
-            return ids[:n + 1]
-    raise UserError(f"the chat template of {tokenizer.name_or_path} ends assistant turns without a special token, so "
-                    f"a reply would never end: use a template that writes the end-of-turn token")
-
-
-def reply_lead(tokenizer):
-    """What a template writes between its generation prompt and a reply: a space in Mistral's, mostly nothing."""
-    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "\ue000"}]
-    prompt, whole = template_text(tokenizer, turns[:1], True), template_text(tokenizer, turns, False)
-    return whole[len(prompt):whole.index("\ue000")] if whole.startswith(prompt) else ""
-
-
-def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
-    """A training row -> (before, after, labels): the message goes between `before` and `after`; labels (for `after`)
-    are the ids of every assistant token including its end of turn, -100 elsewhere. No label ever lies in `before`."""
-    before, after, labels = [], [], []
-    eot, lead = end_of_turn(tokenizer), reply_lead(tokenizer)
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        head, tail = render_turn(tokenizer, messages[:k], announcement, where=where)
-        reply = text_ids(tokenizer, lead + message["content"])
-        n_eot = len(eot) if labels else 0  # a later prompt opens with the end of the reply before it
-        before += head
-        labels += tail[:n_eot] + [-100] * (len(tail) - n_eot) + reply
-        after += tail + reply
-    if not labels:
-        raise UserError(f"{where}: no assistant turn, nothing to learn from")
-    return before, after + eot, labels + eot
-
-
-def plan_ids_for(tokenizer, plan, plan_token_ids):
-    """Ids of the plan in this tokenizer: the sender's own ids where both share a vocabulary, else the text's."""
-    if plan_token_ids and max(plan_token_ids) < len(tokenizer):
-        if tokenizer.decode(plan_token_ids, skip_special_tokens=True).strip() == plan.strip():
-            return list(plan_token_ids)
-    return text_ids(tokenizer, plan)
-
+FORMAT_VERSION = 2  # of latent_adapter.json
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Adapter: sender states -> actor embeddings
+# 1. Adapter: sender states -> actor embeddings
+
 
 class AdaptiveProjection(nn.Module):
     """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned scalars. (B, L, D) -> (B, L, D)."""
@@ -167,7 +46,9 @@ class AdaptiveProjection(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor([float(scale)]))  # (1,): FSDP shards no 0-d tensors
         self.output_scale = nn.Parameter(torch.tensor([float(output_scale)]))
-        self.fc_in, self.norm, self.fc_out = nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Linear(dim, dim)
+        self.fc_in = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.fc_out = nn.Linear(dim, dim)
         nn.init.normal_(self.fc_in.weight, std=0.02)
         nn.init.xavier_uniform_(self.fc_out.weight, gain=0.01)  # starts next to the identity
         nn.init.zeros_(self.fc_in.bias)
@@ -179,110 +60,149 @@ class AdaptiveProjection(nn.Module):
 
 
 class HiddenStateProcessor(nn.Module):
-    """The adapter: raw sender states (B, L, d_s) -> message rows (B, L, d_a) of the size of the actor's embeddings.
+    """The adapter (paper, section on the communication adapter): sender states -> vectors as loud as the actor's words.
 
-    `output_scale` starts at (RMS of the actor's token embeddings) / scale: the LayerNorm before it gives RMS 1, so a
-    message starts as loud as a word. The paper's code fixes 0.1, which is this for Qwen's table only."""
+    `output_scale` starts at (RMS of the actor's word embeddings) / scale: the LayerNorm before it gives RMS 1, so a
+    message starts as loud as a word. The released code fixes 0.1, which is this for Qwen's table only.
+    An adapter of your own takes L states and gives L vectors; its arguments are kept in latent_adapter.json."""
 
     def __init__(self, sender_dim, dim, num_heads=8, dropout=0.1, scale=0.2, output_scale=0.1):
         super().__init__()
         self.input_projector = nn.Linear(sender_dim, dim) if sender_dim != dim else nn.Identity()
-        self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_in = nn.LayerNorm(dim)
         self.attention = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.norm_out = nn.LayerNorm(dim)
         self.projection = AdaptiveProjection(dim, scale, output_scale)
 
     def forward(self, hidden_states, mask):
-        """hidden_states (B, L, d_s), mask (B, L) bool, True where a row is real. Padding is never attended to."""
-        n = self.norm_in(self.input_projector(hidden_states))  # (B, L, D)
-        empty = ~mask.any(dim=1, keepdim=True)  # a message of no rows: attend to padding rather than to nothing (NaN)
-        a, _ = self.attention(n, n, n, key_padding_mask=~(mask | empty), need_weights=False)
+        """hidden_states (B, L, d_s), mask (B, L) bool, True where a state is real -> (B, L, d_a)."""
+        n = self.norm_in(self.input_projector(hidden_states))  # (B, L, d_a)
+        padding = ~mask & mask.any(dim=1, keepdim=True)  # where nothing is real, attend to padding: nothing would be NaN
+        a, _ = self.attention(n, n, n, key_padding_mask=padding, need_weights=False)
         return self.projection(self.norm_out(n + a))
 
 
-def embedding_rms(lm):
-    """Root mean square of the LM's token-embedding table."""
-    return lm.get_input_embeddings().weight.detach().float().pow(2).mean().sqrt().item()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Insertion: ids and latents -> one batch
+# 2. Insertion: ids and latents of some samples -> one batch
 
-def assemble(before, after, labels, plan_ids=(), latents=None, tenths=0):
-    """One row. The first floor(r*L) positions of the message carry the plan's tokens, the rest latents, r = tenths/10.
+def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
+    """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of `after`.
 
-    Paper: plan prefix, latent suffix, r in {0, ..., 1}; the released code has them swapped and never reaches r = 0,
-    the pure latent message that evaluation uses. Sender and actor may tokenize the plan differently, so each part is
-    cut at r of its own length. r = 1 is the text message; no plan and no latents: no message."""
-    length = 0 if latents is None else len(latents)
-    plan = list(plan_ids[:tenths * len(plan_ids) // 10])
-    skip = tenths * length // 10
-    return {"input_ids": before + plan + [0] * (length - skip) + after,  # the 0s are overwritten by latents
-            "labels": [-100] * (len(before) + len(plan) + length - skip) + labels,
-            "start": len(before) + len(plan), "skip": skip, "latents": latents}
+    The curriculum: the first floor(ratio * L) positions of the message carry the plan's words, the rest latents:
+
+        L = 5, ratio = 0.4 -> [p1 p2 h3 h4 h5]      ratio = 0: all latents      ratio = 1: the plan as text
+
+    The paper's order; the released code has it the other way round and never reaches ratio 0, the pure latent message
+    that evaluation uses. Where sender and actor split the plan differently, each part is cut at its share of its
+    length. No plan and no latents: no message."""
+    L = 0 if latents is None else len(latents)
+    skip = math.floor(ratio * L + 1e-9)  # 0.7 * 10 is a little more than 7, and other products a little less
+    plan = list(plan_ids[:math.floor(ratio * len(plan_ids) + 1e-9)])
+    room_for_latents = [0] * (L - skip)  # any id: latents take these places in `LatentActor.embed`
+    return {"input_ids": before + plan + room_for_latents + after,
+            "labels": [-100] * (len(before) + len(plan) + L - skip) + labels,
+            "message_start": len(before) + len(plan), "message_length": len(plan) + L - skip,
+            "latents": latents, "skip": skip}
 
 
-def collate(rows, device="cpu"):
-    """Rows of `assemble` -> a right-padded batch: input_ids, attention_mask, labels, message_mask (B, T) and, where a
-    row has latents, latents (B, L, d_s) with latents_mask (B, L) and keep_mask (B, L), the latents that are used."""
-    B, T = len(rows), max(len(row["input_ids"]) for row in rows)
-    batch = {"input_ids": torch.zeros(B, T, dtype=torch.long), "labels": torch.full((B, T), -100),
-             "attention_mask": torch.zeros(B, T, dtype=torch.long), "message_mask": torch.zeros(B, T, dtype=torch.bool)}
-    for b, row in enumerate(rows):
-        t = len(row["input_ids"])
-        batch["input_ids"][b, :t] = torch.tensor(row["input_ids"])
-        batch["labels"][b, :t] = torch.tensor(row["labels"])
-        batch["attention_mask"][b, :t] = 1
-    lengths = [0 if row["latents"] is None else len(row["latents"]) for row in rows]
+def collate(samples, device="cpu", padding_side="right"):
+    """Samples -> input_ids, attention_mask, labels, message_mask (B, T) and, where some sample has latents, latents
+    (B, L, d_s), latents_mask (B, L) of those that are real and keep_mask (B, L) of those that are inserted."""
+    B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
+    batch = {"input_ids": torch.zeros(B, T, dtype=torch.long),
+             "attention_mask": torch.zeros(B, T, dtype=torch.long),
+             "labels": torch.full((B, T), -100),
+             "message_mask": torch.zeros(B, T, dtype=torch.bool)}
+    lengths = [0 if sample["latents"] is None else len(sample["latents"]) for sample in samples]
     if max(lengths) > 0:
-        dim = next(row["latents"].shape[1] for row in rows if row["latents"] is not None)
+        dim = next(sample["latents"].shape[1] for sample in samples if sample["latents"] is not None)
         batch["latents"] = torch.zeros(B, max(lengths), dim)
         batch["latents_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
         batch["keep_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
-        for b, (row, length) in enumerate(zip(rows, lengths)):
-            if length:
-                batch["latents"][b, :length] = row["latents"].float()
-                batch["latents_mask"][b, :length] = True
-                batch["keep_mask"][b, row["skip"]:length] = True
-                batch["message_mask"][b, row["start"]:row["start"] + length - row["skip"]] = True
+    for b, (sample, L) in enumerate(zip(samples, lengths)):
+        t = len(sample["input_ids"])
+        start = T - t if padding_side == "left" else 0
+        batch["input_ids"][b, start:start + t] = torch.tensor(sample["input_ids"])
+        batch["attention_mask"][b, start:start + t] = 1
+        batch["labels"][b, start:start + t] = torch.tensor(sample["labels"])
+        if L:
+            first = start + sample["message_start"]
+            batch["message_mask"][b, first:first + L - sample["skip"]] = True
+            batch["latents"][b, :L] = sample["latents"].float()
+            batch["latents_mask"][b, :L] = True
+            batch["keep_mask"][b, sample["skip"]:L] = True
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Losses, per supervised position in nats, each with its gradient in the logits z of log_p = log_softmax(z), written
-# out: over a vocabulary of 152k, autograd would move more (N, V) temporaries than the products with the head cost
+# 3. Losses, per supervised position, in nats
 
-def cross_entropy(log_p, labels):
-    """CE and dCE/dz = p - onehot(label). (N, V) fp32, (N,) -> (N,), (N, V)."""
-    grad, labels = log_p.exp(), labels[:, None]
-    grad.scatter_add_(1, labels, -torch.ones_like(labels, dtype=grad.dtype))
-    return -log_p.gather(1, labels).squeeze(1), grad
+def supervised(hidden_states, labels):
+    """The states that predict a label: token t is predicted from position t - 1, in CE and in the auxiliary losses.
+
+    (B, T, D), (B, T) -> (N, D), (N,). The released code forgets this shift in the auxiliary losses."""
+    mask = labels[:, 1:] != -100
+    return hidden_states[:, :-1][mask], labels[:, 1:][mask]
 
 
 def kl_divergence(log_q, log_p):
-    """KL(q || p) and dKL/dz = p - q. (N, V), (N, V) -> (N,), (N, V)."""
-    q = log_q.exp()
-    return torch.linalg.vecdot(q, log_q - log_p), log_p.exp() - q
+    """KL(q || p). (n, V), (n, V) -> (n,)."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 def js_divergence(log_p, log_q):
-    """Jensen-Shannon divergence, 0 <= JS <= ln 2, symmetric, and dJS/dz = p/2 (log(p/m) - KL(p || m)) with the mixture
-    m = (p + q) / 2. (N, V), (N, V) -> (N,), (N, V). The released code swaps KL's arguments: not bounded, not JS."""
-    p, log_ratio = log_p.exp(), log_q - log_p
-    s = F.softplus(log_ratio)  # log(p/m) = ln 2 - s, log(q/m) = ln 2 - s + log_ratio
-    p_s = torch.linalg.vecdot(p, s)  # (N,), ln 2 - KL(p || m)
-    q_s = torch.linalg.vecdot(log_q.exp(), s - log_ratio)
-    return math.log(2) - (p_s + q_s) / 2, s.sub_(p_s[:, None]).mul_(p).mul_(-0.5)
+    """Jensen-Shannon divergence, 0 <= JS <= ln 2, symmetric. (n, V), (n, V) -> (n,).
+
+    The released code swaps the arguments of its KLs, which is neither bounded nor JS."""
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)  # the mixture (p + q) / 2
+    return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
 
 
 def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
-    """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)), KL, 1 - cos, and dL_align/dz. The direction of KL is
-    the released code's (the paper writes it reversed); the cosine is of probabilities, per position."""
-    p_plan, p, dot = log_p_plan.exp(), log_p.exp(), torch.linalg.vecdot
-    kl, sq = dot(p_plan, log_p_plan - log_p), dot(p, p)
-    norm = (dot(p_plan, p_plan) * sq).sqrt()
-    cosine = dot(p_plan, p) / norm  # d cos/dz = p (p_plan / norm - cos p / |p|^2): the bracket's mean under p is 0
-    grad = (p * (cosine / sq)[:, None]).sub_(p_plan / norm[:, None]).mul_(p).mul_(alpha)
-    return beta * kl + alpha * (1 - cosine), kl, 1 - cosine, grad.add_(p.sub_(p_plan), alpha=beta)
+    """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)) and its parts: a dict of (n,).
+
+    KL's direction is the released code's (the paper writes it reversed); the cosine is of probabilities, per position
+    (the paper: of normalised logits; released: flattened over all tokens)."""
+    kl = kl_divergence(log_p_plan, log_p)
+    cosine_distance = 1 - F.cosine_similarity(log_p_plan.exp(), log_p.exp(), dim=-1)
+    return {"align": beta * kl + alpha * cosine_distance, "kl": kl, "cosine_distance": cosine_distance}
+
+
+def actor_loss(logits, targets):
+    """The terms of the actor's loss at n positions -> {name: (n,)}. A loss of your own is one more line here.
+
+    logits: {"latent": (n, V)} of the sample with its latent message and, without gradient, "plan" with the plan as text
+    and "other" with another task's message. targets: {"labels": (n,)}."""
+    log_probs = {name: F.log_softmax(z, dim=-1) for name, z in logits.items()}
+    log_p = log_probs["latent"]
+    terms = {"task": F.nll_loss(log_p, targets["labels"], reduction="none")}
+    if "plan" in log_probs:
+        terms |= plan_similarity(log_probs["plan"], log_p)
+    if "other" in log_probs:
+        terms["sep"] = math.log(2) - js_divergence(log_p, log_probs["other"])
+    return terms
+
+
+def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
+    """Sum over N positions of the terms that loss_fn gives for their logits -> {name: scalar}.
+
+    hidden_states: {name: (N, D)}, targets: {name: (N, ...)}; loss_fn gets the same dicts for n positions at a time,
+    with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a chunk's logits are made again in the
+    backward pass, one more product with the head. Small chunks pay for summing the table's gradient, large ones for
+    fresh memory: 2^22 logits were fastest on two CPU cores."""
+    n = max(1, chunk_logits // lm.get_input_embeddings().weight.shape[0])
+
+    def chunk_terms(states, targets):
+        logits = {name: lm_logits(lm, h) for name, h in states.items()}
+        return {name: term.sum() for name, term in loss_fn(logits, targets).items()}
+
+    totals = {}
+    for start in range(0, len(targets["labels"]), n):
+        part = slice(start, start + n)
+        chunk = [{name: tensor[part] for name, tensor in tensors.items()} for tensors in (hidden_states, targets)]
+        terms = checkpoint(chunk_terms, *chunk, use_reentrant=False, preserve_rng_state=False)
+        totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
+    return totals
 
 
 def adaptive_weight(ceiling, loss, scale):
@@ -290,95 +210,13 @@ def adaptive_weight(ceiling, loss, scale):
     return ceiling * min(max(loss / scale, 0.1), 1.0)
 
 
-# On a CPU: glibc keeps free memory up to twice the largest block it was given back (of at most 32 MB) and returns other
-# pages, and touching new ones takes longer than the loss of a few rows. So a large block, never touched, is freed first
-torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-class ChunkedHeadLoss(torch.autograd.Function):
-    """Sum of a loss over N positions through the output head, without ever holding (N, V).
-
-    A chunk's logits live only inside the loop, where their gradient takes their place and becomes d loss / d hidden and
-    d loss / d weight at once: to recompute them in the backward pass would cost one more product with the head per
-    branch. A product takes a whole chunk of all branches, because it reads all of the head; the loss, more memory
-    traffic than arithmetic, takes a few rows at a time, which stay in the CPU's cache."""
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, bias, config, loss_fn, fixed_states, chunk, block, dtype):
-        grad_hidden, grad_weight, grad_bias = (torch.zeros_like(x) if needed else None for x, needed in zip(
-            (hidden_states, weight, bias), ctx.needs_input_grad))
-        needs, total, stats = any(ctx.needs_input_grad[:3]), 0.0, 0.0
-        head = weight.to(dtype)  # once, not for each product
-        branches = torch.stack([hidden_states, *fixed_states.values()]).to(dtype)  # (1 + fixed, N, D)
-        # on a CPU every chunk writes to the same memory: touching new pages costs as much as the product itself
-        room = None if head.is_cuda else branches.new_empty(len(branches) * min(chunk, len(hidden_states)), len(head))
-        for i in range(0, len(hidden_states), chunk):
-            h = branches[:, i:i + chunk].flatten(0, 1)  # (branches n, D)
-            logits = torch.mm(h, head.T, out=None if room is None else room[:len(h)])
-            logits = (logits if bias is None else logits.add_(bias)).unflatten(0, (len(branches), -1))
-            grad, h = logits[0], branches[0, i:i + chunk]  # (n, V), (n, D)
-            for j in range(0, len(h), block):
-                part = slice(j, min(j + block, len(h)))
-                fixed = {name: scale_logits(config, z[part].float()) for name, z in zip(fixed_states, logits[1:])}
-                with torch.enable_grad():  # it is off in here, and some families have a last touch for logits
-                    leaf = grad[part].detach().requires_grad_(needs)
-                    z = scale_logits(config, leaf.float())
-                loss, values, grad_z = loss_fn(z.detach(), slice(i + part.start, i + part.stop), **fixed)
-                if needs:
-                    grad[part], = torch.autograd.grad(z, leaf, grad_z)
-                total, stats = total + loss, stats + values
-            if grad_hidden is not None:
-                grad_hidden[i:i + chunk] = grad @ head
-            if grad_weight is not None and dtype == weight.dtype:
-                grad_weight.addmm_(grad.T, h)  # in place: the table's gradient is as large as the table
-            elif grad_weight is not None:
-                grad_weight += grad.T @ h  # bf16 product under autocast, fp32 sum
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(stats)
-        return total, stats
-
-    @staticmethod
-    def backward(ctx, grad_total, _):
-        return *(None if g is None else g * grad_total for g in ctx.saved_tensors), *[None] * 6
-
-
-def head_rows(lm, log2_logits):
-    """How many rows of logits (n, V) hold about 2^log2_logits numbers."""
-    return max(1, 2**log2_logits // lm.get_output_embeddings().weight.shape[0])
-
-
-def head_loss(lm, hidden_states, loss_fn, fixed_states=None, chunk=None, block=None):
-    """Sum over positions of a loss of the logits (N, V) -> (loss, stats). hidden_states (N, D); fixed_states
-    {name: (N, D)} give further logits of the same positions, without gradient.
-
-    loss_fn(logits (n, V) fp32, slice, **fixed logits) -> summed loss, stats, d loss / d logits (n, V)."""
-    head, config, kind = lm.get_output_embeddings(), lm.config.get_text_config(), hidden_states.device.type
-    chunk = chunk or head_rows(lm, 26 if kind == "cuda" else 24)  # per branch 128 MB of bf16 or 64 MB of fp32
-    block = block or head_rows(lm, 24 if kind == "cuda" else 19)  # each temporary of the loss: 64 MB of fp32, or 2 MB
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    inputs = [hidden_states, head.weight, getattr(head, "bias", None)]
-    if not torch.is_grad_enabled():  # needs_input_grad does not know, and an evaluation would form the table's gradient
-        inputs = [None if x is None else x.detach() for x in inputs]
-    with torch.autocast(kind, enabled=False):  # for it a dot product is a product: the losses would be sums in bf16
-        return ChunkedHeadLoss.apply(*inputs, config, loss_fn, fixed_states or {}, chunk, block, dtype)
-
-
-def supervised(hidden_states, labels):
-    """The states that predict a label: token t is predicted from position t-1, in CE and in the auxiliary losses
-    (the released code forgets the shift in the latter). (B, T, D), (B, T) -> (N, D), (N,)."""
-    mask = labels[:, 1:] != -100
-    return hidden_states[:, :-1][mask], labels[:, 1:][mask]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Actor: LM + adapter
+# 4. Actor: LM + adapter
 
 class LatentActor(nn.Module):
     """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message baselines.
 
-    `info` is what latent_adapter.json holds: message kind, announcement, sender width, heads."""
+    `info` is what latent_adapter.json holds: {"message", "plan_announcement", "adapter": {arguments}, "sender", ...}."""
 
     def __init__(self, lm, tokenizer, adapter=None, info=None):
         super().__init__()
@@ -386,46 +224,32 @@ class LatentActor(nn.Module):
 
     def embed(self, batch):
         """A batch of `collate` -> inputs_embeds (B, T, D), latents in their places."""
-        inputs_embeds = self.lm.get_input_embeddings()(batch["input_ids"])
+        inputs_embeds = self.lm.get_input_embeddings()(batch["input_ids"])  # (B, T, D)
         if "latents" in batch:
             latents = batch["latents"].to(next(self.adapter.parameters()).dtype)  # bf16 in an evaluation
-            message = self.adapter(latents, batch["latents_mask"])[batch["keep_mask"]]  # (rows, D)
-            inputs_embeds = inputs_embeds.masked_scatter(batch["message_mask"].unsqueeze(-1),
-                                                         message.to(inputs_embeds.dtype))
+            message = self.adapter(latents, batch["latents_mask"])  # (B, L, D)
+            message = message[batch["keep_mask"]].to(inputs_embeds.dtype)  # (all inserted states, D)
+            inputs_embeds = inputs_embeds.masked_scatter(batch["message_mask"].unsqueeze(-1), message)
         return inputs_embeds
 
-    def states(self, batch):
+    def hidden_states(self, batch):
         """Last-layer states at supervised positions -> (N, D), labels (N,)."""
-        out = self.lm.get_decoder()(inputs_embeds=self.embed(batch), attention_mask=batch["attention_mask"],
-                                    use_cache=False)
-        return supervised(out.last_hidden_state, batch["labels"])
+        output = self.lm.get_decoder()(inputs_embeds=self.embed(batch), attention_mask=batch["attention_mask"],
+                                       use_cache=False)
+        return supervised(output.last_hidden_state, batch["labels"])
 
-    def forward(self, batch, plan_batch=None, other_batch=None, align_weight=0.0, sep_weight=0.0):
-        """Summed training loss over supervised positions and its parts (5,): task, align, kl, cosine, sep.
+    def forward(self, batch, plan_batch=None, other_batch=None):
+        """The terms of `actor_loss`, summed over supervised positions -> {name: scalar}.
 
         L = L_task + w_sep (ln 2 - JS(p_H, p_N)) + w_align (beta KL(p_P || p_H) + alpha (1 - cos)), where H reads the
-        latent message, P the plan as text (plan_batch), N another task's message (other_batch). P and N carry no
-        gradient. Divide by the number of labels for the mean over S."""
-        hidden_states, labels = self.states(batch)  # (N, D), (N,)
+        latent message, P the plan as text (plan_batch), N another task's message (other_batch)."""
+        hidden_states, labels = self.hidden_states(batch)  # (N, D), (N,)
+        branches = {"latent": hidden_states}
         with torch.no_grad():
-            fixed_states = {name: self.states(fixed)[0] for name, fixed in (
-                ("plan_logits", plan_batch), ("other_logits", other_batch)) if fixed is not None}
-
-        def loss_fn(logits, part, plan_logits=None, other_logits=None):
-            log_probs = F.log_softmax(logits, dim=-1)  # (n, V)
-            task, grad = cross_entropy(log_probs, labels[part])  # (n,), (n, V)
-            align = kl = cosine = sep = torch.zeros_like(task)
-            if plan_logits is not None:
-                align, kl, cosine, grad_align = plan_similarity(F.log_softmax(plan_logits, dim=-1), log_probs)
-                grad.add_(grad_align, alpha=align_weight)
-            if other_logits is not None:
-                js, grad_js = js_divergence(log_probs, F.log_softmax(other_logits, dim=-1))
-                sep = math.log(2) - js
-                grad.add_(grad_js, alpha=-sep_weight)
-            terms = torch.stack([task, align, kl, cosine, sep]).sum(1)
-            return terms[0] + align_weight * terms[1] + sep_weight * terms[4], terms, grad
-
-        return head_loss(self.lm, hidden_states, loss_fn, fixed_states)
+            for name, fixed in (("plan", plan_batch), ("other", other_batch)):
+                if fixed is not None:
+                    branches[name], _ = self.hidden_states(fixed)
+        return head_loss(self.lm, branches, actor_loss, {"labels": labels})
 
     def save(self, directory, state_dict=None):
         """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json. `state_dict` is
@@ -433,48 +257,54 @@ class LatentActor(nn.Module):
         state_dict = self.state_dict() if state_dict is None else state_dict
         self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
         self.tokenizer.save_pretrained(directory)
-        if self.adapter is not None:  # s and g are parameters, so their learned values are saved, not the initial ones
+        if self.adapter is not None:  # s and g are parameters: what they learned is saved, not where they started
             save_file(part_of(state_dict, "adapter."), os.path.join(directory, "latent_adapter.safetensors"))
         write_json(os.path.join(directory, "latent_adapter.json"), self.info)
 
     @classmethod
-    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):
+    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False, chat_template_kwargs=None,
+             check=True):
         """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval mode."""
         info, adapter = read_info(directory), None
-        lm, tokenizer = load_lm(directory, dtype, trust_remote_code), load_tokenizer(directory, trust_remote_code)
+        lm = load_lm(directory, dtype, device, trust_remote_code, check)
+        tokenizer = load_tokenizer(directory, trust_remote_code,
+                                   chat_template_kwargs or info.get("chat_template_kwargs"))
         if info.get("message") == "latent":
-            adapter = HiddenStateProcessor(info["sender_hidden_size"], lm.get_input_embeddings().weight.shape[1],
-                                           info["num_heads"])
-            load_own(adapter, os.path.join(directory, "latent_adapter.safetensors"))
-            adapter.to(lm.dtype)
-        return cls(lm, tokenizer, adapter, info).to(device).eval()
+            adapter = HiddenStateProcessor(**info["adapter"])
+            load_part(adapter, os.path.join(directory, "latent_adapter.safetensors"))
+            adapter.to(device, lm.dtype)
+        return cls(lm, tokenizer, adapter, info).eval()
 
 
 def read_info(directory):
     """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is not what `save` writes."""
     path = os.path.join(directory, "latent_adapter.json")
     info = read_json(path) if os.path.exists(path) else {}
-    sizes = ("sender_hidden_size", "num_heads")
-    if not isinstance(info, dict) or info.get("message") == "latent" and not all(
-            isinstance(info.get(k), int) for k in sizes):
-        raise UserError(f"{path} is not what train_actor.py writes: expected {sizes}, found {str(info)[:80]}")
-    return info
+    if isinstance(info, dict) and info.get("message") == "latent":
+        adapter = info.get("adapter")
+        if isinstance(adapter, dict) and isinstance(adapter.get("sender_dim"), int):
+            return info
+    elif isinstance(info, dict):
+        return info
+    raise UserError(f"{path} is not what train_actor.py writes today: expected 'adapter' with 'sender_dim', found "
+                    f"{str(info)[:80]}: train the actor again")
 
 
-def load_own(module, path):
+def load_part(module, path):
     """Load a file of `save`: all parameters of a module but those of its `lm`. Raises UserError if they do not fit."""
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
         missing = [name for name in missing if not name.startswith("lm.")]
         if missing or unexpected:
             raise ValueError(f"missing {missing}, unexpected {unexpected}")
-    except (OSError, SafetensorError, RuntimeError, ValueError) as e:
-        raise UserError(f"{path} is damaged or does not fit the model beside it: {e}: train it again") from None
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or does not fit the model beside it: {error}: train it again") from None
 
 
 def part_of(state_dict, prefix):
-    """The tensors of one submodule, under its own names, on the CPU."""
-    return {k[len(prefix):]: v.cpu().contiguous() for k, v in state_dict.items() if k.startswith(prefix)}
+    """The tensors of one submodule, under the names that it gives them, on the CPU."""
+    return {name[len(prefix):]: tensor.cpu().contiguous() for name, tensor in state_dict.items()
+            if name.startswith(prefix)}
 
 
 def add_markers(tokenizer):
@@ -485,17 +315,18 @@ def add_markers(tokenizer):
 
 
 def init_markers(lm, new_ids):
-    """Give new tokens rows at the mean of the table, in and out; it grows only if it must (Qwen's has spares)."""
+    """Give new tokens the mean of the tables, in and out; a table grows only if it must (Qwen's has spare places)."""
     if not new_ids:
         return
     if max(new_ids) >= lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(max(new_ids) + 1, mean_resizing=False)
-    for table in {id(t.weight): t for t in (lm.get_input_embeddings(), lm.get_output_embeddings())}.values():
-        table.weight.data[new_ids] = table.weight.data[:min(new_ids)].mean(0)
+    for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):  # the same one twice where they are tied
+        table = module.weight.data
+        table[new_ids] = table[:min(new_ids)].mean(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Sender in K latent steps (paper, section on compression)
+# 5. Latent sender (paper, section on compression)
 
 class LatentSender(nn.Module):
     """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned start vector,
@@ -503,8 +334,9 @@ class LatentSender(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, dim = lm, lm.get_input_embeddings().weight.shape[1]
-        self.start = nn.Parameter(lm.get_input_embeddings().weight.detach().float().mean(0))
+        words = word_embeddings(lm)  # (n, D)
+        self.lm, dim = lm, words.shape[1]
+        self.start = nn.Parameter(words.mean(0))
         self.norm, self.bridge = nn.LayerNorm(dim), nn.Linear(dim, dim, bias=False)
         nn.init.constant_(self.norm.weight, embedding_rms(lm))  # a thought enters as loud as a word
         nn.init.eye_(self.bridge.weight)
@@ -513,112 +345,87 @@ class LatentSender(nn.Module):
         """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow through all steps:
         the KV cache is part of the graph (so no gradient checkpointing of the student, which drops the cache)."""
         # the mask grows with the cache: with a mask of length 1 the latents would see one prompt token only
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (B, T + 1)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, D)
-        embeds = torch.cat([embeds, self.start.to(embeds.dtype).expand(len(embeds), 1, -1)], dim=1)  # (B, T + 1, D)
-        cache, latents = DynamicCache(), []
+        start = self.start.to(embeds.dtype).expand(len(embeds), 1, -1)
+        embeds = torch.cat([embeds, start], dim=1)  # (B, T + 1, D)
+        cache, latents = new_cache(self.lm), []
         for _ in range(steps):
-            out = self.lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True,
-                                        position_ids=position_ids, cache=cache)
-            latents.append(out.last_hidden_state[:, -1:])  # (B, 1, D)
+            output = self.lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True,
+                                           position_ids=position_ids, cache=cache)
+            latents.append(output.last_hidden_state[:, -1:])  # (B, 1, D)
             embeds = self.bridge(self.norm(latents[-1])).to(embeds.dtype)
-            attention_mask, position_ids = F.pad(attention_mask, (0, 1), value=1), position_ids[:, -1:] + 1
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+            position_ids = position_ids[:, -1:] + 1
         return torch.cat(latents, dim=1)
 
     def save(self, directory, state_dict=None):
         """The student directory: what save_pretrained writes, plus latent_bridge.safetensors."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
-        bridge = {k: v for k, v in state_dict.items() if not k.startswith("lm.")}
+        bridge = {name: tensor for name, tensor in state_dict.items() if not name.startswith("lm.")}
         save_file(part_of(bridge, ""), os.path.join(directory, "latent_bridge.safetensors"))
 
     @classmethod
-    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False):
+    def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
         """A student directory, or any causal LM (then with an untrained bridge). In eval mode."""
-        sender = cls(load_lm(directory, dtype, trust_remote_code))
+        sender = cls(load_lm(directory, dtype, device, trust_remote_code, check))
         path = os.path.join(directory, "latent_bridge.safetensors")
         if os.path.exists(path):
-            load_own(sender, path)
+            load_part(sender, path)
         return sender.to(device, DTYPES[dtype]).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Messages on disk
+# 6. Messages on disk
 
 def write_shard(path, latents, records, sender):
     """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan, plan_token_ids, ...}},
     sender {model, hidden_size, ...}. Atomic: the name appears only when every byte is on disk."""
+    metadata = {"records": json.dumps(records), "sender": json.dumps(sender)}
     with atomic_path(path) as temporary:
-        folder = temporary + ".d"  # save_file has a temporary name of its own, which a kill would leave where it is
-        os.makedirs(folder, exist_ok=True)
-        try:
-            save_file({k: v.contiguous() for k, v in latents.items()}, os.path.join(folder, "shard"),
-                      metadata={"records": json.dumps(records), "sender": json.dumps(sender)})
-            os.rename(os.path.join(folder, "shard"), temporary)
-        finally:
-            remove(folder)
-
-
-@contextlib.contextmanager
-def paused_gc():
-    """The collector would walk all records again at every few thousand new ones: three times the time for a million."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable() if enabled else None
+        with open(temporary, "wb") as file:  # save_file has a temporary name of its own, which a kill would leave behind
+            file.write(save({task_id: states.contiguous() for task_id, states in latents.items()}, metadata))
 
 
 class LatentShards:
-    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one row, (L, d_s).
+    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one message, (L, d_s).
 
     Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a missing id."""
 
-    @paused_gc()
     def __init__(self, directory):
-        self.directory, self.sender, self.open = directory, None, {}
+        self.directory, self.sender, self.files = directory, None, {}
         self.shard_of, self.records, self.lengths = {}, {}, {}
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-        for name in (n for n in names if n.endswith(".safetensors")):
-            path = os.path.join(directory, name)
-            header, records, sender = self.read_header(path)
-            if self.sender is None:
-                self.sender = sender
-            elif sender != self.sender:
-                differ = [k for k in {**sender, **self.sender} if sender.get(k) != self.sender.get(k)]
-                raise UserError(f"{directory} mixes senders: {name} differs from the first shard in "
-                                f"{', '.join(differ)}; keep one sender per directory")
-            for task_id, record in records.items():
-                shape = header.get(task_id, {}).get("shape")
-                if not isinstance(shape, list) or len(shape) != 2 or shape[1] != sender["hidden_size"]:
-                    raise UserError(f"{path}: id {task_id}: expected a tensor (L, {sender['hidden_size']}), found "
-                                    f"{shape}")
-                if task_id in self.shard_of:
-                    raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the "
-                                    f"shards")
-                self.shard_of[task_id], self.records[task_id], self.lengths[task_id] = path, record, shape[0]
+        for name in names:
+            if name.endswith(".safetensors"):
+                self.add(os.path.join(directory, name))
 
-    @staticmethod
-    def read_header(path):
-        """Header, records and sender, checked against the file's size, so that a truncated shard is found at once."""
+    def add(self, path):
+        """Read the header of one shard."""
         try:
-            with open(path, "rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(size)) if size < 2**31 else None
-            records, sender = (json.loads(header["__metadata__"][k]) for k in ("records", "sender"))
-            end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-            if os.path.getsize(path) != 8 + size + end or not header.keys() - {"__metadata__"} <= records.keys():
-                raise ValueError
-            if not all(isinstance(r["task"] + r["plan"], str) and isinstance(r["plan_token_ids"], list)
-                       for r in records.values()):
-                raise ValueError
-            sender["hidden_size"]
-            return header, records, sender
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError, OSError):
+            self.files[path] = safe_open(path, framework="pt")  # finds a file that was cut, or grew
+            metadata = self.files[path].metadata()
+            records, sender = json.loads(metadata["records"]), json.loads(metadata["sender"])
+            width = sender["hidden_size"]
+            shapes = {task_id: self.files[path].get_slice(task_id).get_shape() for task_id in records}
+            check_records(records)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py again, which "
                             f"collects only what is missing") from None
+        if self.sender is not None and sender != self.sender:
+            differ = [k for k in {**sender, **self.sender} if sender.get(k) != self.sender.get(k)]
+            raise UserError(f"{self.directory} mixes senders: {os.path.basename(path)} differs from the first shard in "
+                            f"{', '.join(differ)}; keep one sender per directory")
+        self.sender = sender
+        for task_id, shape in shapes.items():
+            if len(shape) != 2 or shape[1] != width:
+                raise UserError(f"{path}: id {task_id}: expected a tensor (L, {width}), found {shape}: delete the shard")
+            if task_id in self.shard_of:
+                raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the shards")
+            self.shard_of[task_id], self.lengths[task_id] = path, shape[0]
+        self.records |= records
 
     @property
     def hidden_size(self):
@@ -636,15 +443,21 @@ class LatentShards:
             raise UserError(f"{self.directory} has no message for id {task_id}: run collect.py on this task first")
         path = self.shard_of[task_id]
         try:
-            if path not in self.open:
-                self.open[path] = safe_open(path, framework="pt")
-            latents = self.open[path].get_tensor(task_id)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path}: id {task_id} cannot be read: {e}: delete the shard and collect again") from None
+            latents = self.files[path].get_tensor(task_id)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: id {task_id} cannot be read: {error}: delete the shard and collect "
+                            f"again") from None
         if not torch.isfinite(latents).all():
             raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect "
                             f"again, in bf16 or fp32 if the sender overflows fp16")
         return latents
+
+
+def check_records(records):
+    """Raises TypeError or KeyError where a shard's records are not those of `write_shard`."""
+    for record in records.values():
+        record["task"] + record["plan"] + ""
+        record["plan_token_ids"] + []
 
 
 def open_shards(directory):
@@ -655,3 +468,119 @@ def open_shards(directory):
     if not len(shards):
         raise UserError(f"{directory} holds no latent shards: run collect.py with --output_dir {directory}")
     return shards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Hugging Face: what we ask of a model and its tokenizer
+
+hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLOCK = datetime.datetime(2024, 7, 26)  # what a template that writes today's date always writes here
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def load_config(path, trust_remote_code=False):
+    """The model's (text) config, cheap: sizes are checked before any weight is read. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{path} ships code: read it, then give --trust_remote_code true") from None
+        raise UserError(f"no model at {path}: {first_line(error)}") from None
+
+
+def context_length(config):
+    """The longest sequence that the model was made for, in tokens."""
+    return getattr(config, "max_position_embeddings", None) or 2**31
+
+
+def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
+    """The model's tokenizer; `chat_template_kwargs` goes into every use of its template. Raises UserError."""
+    try:
+        # a tokenizer saved without a family is loaded as it was saved: AutoTokenizer would take the model's family's
+        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json of a newer format
+        raise UserError(f"no tokenizer at {path}: {first_line(error)}") from None
+    tokenizer.chat_template_kwargs = chat_template_kwargs or {"enable_thinking": False}
+    return tokenizer
+
+
+def template_text(tokenizer, messages, add_generation_prompt):
+    """The tokenizer's chat template, rendered. A clock in it always shows the same day, or a collection that goes on
+    tomorrow would ask another prompt. Raises UserError without a template, else whatever the template raises."""
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
+                        f"set tokenizer.chat_template and save it")
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=f"{CLOCK:%d %b %Y}",
+        strftime_now=CLOCK.strftime, **tokenizer.chat_template_kwargs)
+
+
+def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
+    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises UserError."""
+    load_config(path, trust_remote_code)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
+    return lm.to(device).eval()
+
+
+def word_embeddings(lm, most=4096):
+    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The module and not its
+    table: Gemma's multiplies by sqrt(D)."""
+    table = lm.get_input_embeddings()
+    ids = torch.arange(0, table.weight.shape[0], max(1, table.weight.shape[0] // most), device=table.weight.device)
+    with torch.no_grad():
+        return table(ids).float()
+
+
+def embedding_rms(lm):
+    """Root mean square of the LM's word embeddings: how loud a word is."""
+    return word_embeddings(lm).pow(2).mean().sqrt().item()
+
+
+class StatesAsDecoder(nn.Module):
+    """Stands where a causal LM has its decoder, and gives back what it is given: final states."""
+
+    def forward(self, inputs_embeds=None, **kwargs):
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def lm_logits(lm, hidden_states):
+    """Post-norm states (..., D) -> logits (..., V), fp32, by all that the family's code does after its decoder: the head,
+    Gemma's soft cap, Granite's and Cohere's scales."""
+    head_only = copy.copy(lm)  # shares all parameters
+    head_only._modules = {**lm._modules, lm.base_model_prefix: StatesAsDecoder()}
+    shape = hidden_states.shape
+    logits = head_only(inputs_embeds=hidden_states.reshape(1, -1, shape[-1])).logits.float()
+    return logits.view(*shape[:-1], -1)
+
+
+def new_cache(lm):
+    """An empty cache of the kind that the model's family needs."""
+    return DynamicCache(config=lm.config.get_text_config(decoder=True))
+
+
+def left_pad(prompts, device="cpu"):
+    """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def next_tokens(logits, uniforms=None):
+    """Each prompt's likeliest token, or one drawn with its number in [0, 1) by inverting the CDF, so that a prompt says
+    the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
+    if uniforms is None:
+        return logits.argmax(-1)
+    cdf = logits.double().softmax(-1).cumsum(-1)  # (b, V)
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    return drawn.squeeze(1).clamp(max=cdf.shape[1] - 1)

@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from model import (PLAN_ANNOUNCEMENT, HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers,
-                   write_shard)
+from data import PLAN_ANNOUNCEMENT
+from model import (HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers, write_shard)
 
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are helpful."
           "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -37,6 +37,7 @@ def make_tokenizer(kind="chatml"):
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, pad_token=special[0])
     fast.chat_template = template
+    fast.chat_template_kwargs = {"enable_thinking": False}  # as load_tokenizer sets it
     return fast
 
 
@@ -90,8 +91,9 @@ def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="
     """A random actor with its adapter (message "latent"), or a baseline's actor ("text", "none")."""
     lm, tokenizer, adapter = make_lm(family, width=width, seed=seed, context=context), make_tokenizer(kind), None
     init_markers(lm, add_markers(tokenizer))
-    info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT}
+    info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT, "format_version": 2}
     if message == "latent":
-        adapter = HiddenStateProcessor(sender_dim, width, 4, output_scale=embedding_rms(lm) / 0.2)
-        info |= {"sender": "tiny", "sender_hidden_size": sender_dim, "num_heads": 4}
+        arguments = {"sender_dim": sender_dim, "dim": width, "num_heads": 4, "output_scale": embedding_rms(lm) / 0.2}
+        adapter = HiddenStateProcessor(**arguments)
+        info |= {"sender": "tiny", "adapter": arguments}
     return LatentActor(lm, tokenizer, adapter, info).eval()
