@@ -1,43 +1,44 @@
 """
-The whole of Interlat in minutes on a CPU: a tiny household, tiny language models made from scratch, all stages.
+The whole of Interlat in minutes on a CPU: a tiny household, tiny language models, all stages.
 
   python demo.py                 about three minutes on 2 cores: a table and demo_out/results.png
-  python demo.py --task math     the same for problems instead of games (demo_math.py), in demo_out_math
+  python demo.py --task math     problems instead of games (demo_math.py), in demo_out_math
   python demo.py --fast          under a minute, weaker
 
-The sender has seen the house, so its prompt says where the one object of the goal lies. The actor reads the goal only;
-the place can reach it through the message and through nothing else. Every stage runs through its real script.
+The sender has seen the house, so its prompt says where the one object of the goal lies. The actor reads
+the goal only; the place can reach it through the message and through nothing else. Every stage runs through
+its real script.
+
+    1. the household     a game as eval_alfworld.py plays them, its expert, a plan that tells the place
+    2. language models   one token per word, a Qwen2 of width 64 trained in seconds
+    3. the stages        household() and math(), each command as one would type it
+    4. the report        summary.json, a table, a picture
 """
 import argparse
+import functools
+import importlib
 import itertools
 import os
 import random
 import shlex
-import shutil
 import time
 import zlib
 
-import matplotlib
-import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
-import collect
-import compress
-import eval_alfworld
-import train_actor
-from common import Parser, UserError, atomic_path, read_json, run, wilson_interval, write_json
+import demo_math
+from common import (Parser, UserError, atomic_path, one_line_errors, plot_bars, progress, read_json, remove,
+                    wilson_interval, write_json)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The household
+# --------------------------------------------------------------------------------------------------
+# 1. The household
 
 OBJECTS = "apple bowl bread cup egg mug pan plate potato tomato".split()
-PLACES = [f"{name} {i}" for name, n in (("shelf", 2), ("cabinet", 8), ("drawer", 8)) for i in range(1, n + 1)]
+FURNITURE = {"shelf": 2, "cabinet": 8, "drawer": 8}  # how many; shelves are open, the others have doors
+PLACES = [f"{name} {i + 1}" for name, count in FURNITURE.items() for i in range(count)]
 TARGETS = "coffeetable countertop desk diningtable garbagecan sidetable".split()
 APPLIANCES = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
 TYPES = ["put", *APPLIANCES]
@@ -52,74 +53,89 @@ def held_out(kind, obj, target):
     return zlib.crc32(f"{kind},{obj},{target}".encode()) % 5 == 0
 
 
-def goal(kind, obj, target):
+def goal(task):
     """The goal in ALFWorld's words."""
-    return f"put some {obj} in/on {target}" if kind == "put" else f"{kind} some {obj} and put it in/on {target}"
+    kind, obj, target = task["type"], task["object"], task["target"]
+    if kind == "put":
+        return f"put some {obj} in/on {target}"
+    return f"{kind} some {obj} and put it in/on {target}"
 
 
 def all_tasks(split):
-    """Every (type, object, target, place) of a split as a task, in an order that is shuffled once and for all."""
-    product = itertools.product(TYPES, OBJECTS, TARGETS, PLACES)
-    combinations = [c for c in product if held_out(*c[:3]) == (split == "test")]
+    """Every (type, object, target, place) of a split as a task, shuffled once and for all."""
+    combinations = list(itertools.product(TYPES, OBJECTS, TARGETS, PLACES))
+    combinations = [c for c in combinations if held_out(*c[:3]) == (split == "test")]
     random.Random(split).shuffle(combinations)
-    return [{"id": f"{split}-{i:04d}", "type": kind, "object": obj, "target": target, "place": place,
-             "task": f"house memory : {place} has {obj} . your task is to : {goal(kind, obj, target)} ."}
-            for i, (kind, obj, target, place) in enumerate(combinations)]
+    tasks = []
+    for n, (kind, obj, target, place) in enumerate(combinations):
+        task = {"id": f"{split}-{n:04d}", "type": kind, "object": obj, "target": target, "place": place}
+        task["task"] = f"house memory : {place} has {obj} . your task is to : {goal(task)} ."
+        tasks.append(task)
+    return tasks
 
 
 class Household:
-    """ALFWorld in miniature: find one object, perhaps clean, heat or cool it, and put it where the goal says."""
+    """ALFWorld in miniature: find an object, perhaps clean, heat or cool it, put it where the goal says."""
 
     def tasks(self, split):
-        """The episodes of "train" or "test"; `task` is what the sender reads, `reset` returns what the actor reads."""
+        """The episodes of a split. `task` is what the sender reads; the actor reads what `reset` returns."""
         return all_tasks(split)[:EPISODES[split]]
 
     def reset(self, task):
-        """Start an episode; returns the first human turn, which has the goal but not the place."""
-        self.task, self.at, self.holding, self.treated, self.opened = task, None, None, None, set()
-        rng = random.Random(task["id"])  # three more objects lie about
-        others = rng.sample([obj for obj in OBJECTS if obj != task["object"]], 3)
+        """Start an episode -> the first human turn, which has the goal but not the place."""
+        self.task = task
+        self.at = self.holding = None
+        self.treated = None  # what was done to the object of the goal: clean, heat or cool
+        self.opened = set()
         self.contents = {location: [] for location in LOCATIONS}
-        for obj, place in [(task["object"], task["place"]), *((obj, rng.choice(PLACES)) for obj in others)]:
-            self.contents[place].append(obj)
-        return ("you are in a room . you see 2 shelf , 8 cabinet , 8 drawer . "
-                f"your task is to : {goal(task['type'], task['object'], task['target'])} .")
+        self.contents[task["place"]].append(task["object"])
+        rng = random.Random(task["id"])
+        for other in rng.sample([obj for obj in OBJECTS if obj != task["object"]], 3):
+            self.contents[rng.choice(PLACES)].append(other)
+        room = "you are in a room . you see 2 shelf , 8 cabinet , 8 drawer ."
+        return f"{room} your task is to : {goal(task)} ."
 
     def step(self, action):
-        """Do one action; returns (observation, reward, done, {"won", "invalid"})."""
-        observation = self._act(action.split())
-        won = (self.task["object"] in self.contents[f"{self.task['target']} 1"]
-               and self.task["type"] in ("put", self.treated))
-        return observation or "nothing happens .", float(won), won, {"won": won, "invalid": observation is None}
+        """Do one action -> (observation, reward, done, {"won", "invalid"})."""
+        observation = self.act(action)
+        at_target = self.task["object"] in self.contents[f"{self.task['target']} 1"]
+        won = at_target and self.task["type"] in ("put", self.treated)
+        info = {"won": won, "invalid": observation is None}
+        return observation or "nothing happens .", float(won), won, info
 
-    def _act(self, words):
+    def act(self, action):
         """Change the house and describe it, or return None for an action that is not possible now."""
+        words = action.split()
+        words, place = words[:-2], " ".join(words[-2:])  # every place has two words: drawer 3
+        if words == ["go", "to"] and place in LOCATIONS:
+            self.at = place
+            return f"{place} is closed ." if self.closed() else f"on {place} , {self.look()}"
+        if place != self.at:  # all else is done where one stands
+            return None
+        if words == ["open"] and self.closed():
+            self.opened.add(place)
+            return f"you open {place} . {self.look()}"
+        if self.closed():
+            return None
         match words:
-            case ["go", "to", *name] if (location := " ".join(name)) in LOCATIONS:
-                self.at = location
-                return f"{location} is closed ." if self._closed() else f"on {location} , {self._look()}"
-            case ["open", *name] if " ".join(name) == self.at and self._closed():
-                self.opened.add(self.at)
-                return f"you open {self.at} . {self._look()}"
-            case ["take", obj, "from", *name] if (" ".join(name) == self.at and not self._closed() and not self.holding
-                                                  and obj in self.contents[self.at]):
-                self.contents[self.at].remove(obj)
+            case ["take", obj, "from"] if obj in self.contents[place] and not self.holding:
+                self.contents[place].remove(obj)
                 self.holding = obj
-                return f"you pick up {obj} from {self.at} ."
-            case ["clean" | "heat" | "cool" as verb, obj, "with", *name] if (
-                    " ".join(name) == self.at == APPLIANCES[verb] and obj == self.holding):
-                self.treated = verb if obj == self.task["object"] else self.treated
-                return f"you {verb} {obj} with {self.at} ."
-            case ["put", obj, "in/on", *name] if (" ".join(name) == self.at and not self._closed()
-                                                  and obj == self.holding):
-                self.contents[self.at].append(obj)
+                return f"you pick up {obj} from {place} ."
+            case [verb, obj, "with"] if obj == self.holding and place == APPLIANCES.get(verb):
+                if obj == self.task["object"]:
+                    self.treated = verb
+                return f"you {verb} {obj} with {place} ."
+            case ["put", obj, "in/on"] if obj == self.holding:
+                self.contents[place].append(obj)
                 self.holding = None
-                return f"you put {obj} in/on {self.at} ."
+                return f"you put {obj} in/on {place} ."
 
-    def _closed(self):
-        return self.at is not None and self.at.startswith(("cabinet", "drawer")) and self.at not in self.opened
+    def closed(self):
+        """Whether the actor stands before a door that it has not opened."""
+        return self.at.startswith(("cabinet", "drawer")) and self.at not in self.opened
 
-    def _look(self):
+    def look(self):
         return f"you see {' , '.join(self.contents[self.at]) or 'nothing'} ."
 
 
@@ -128,105 +144,119 @@ def look_into(place):
     return [f"go to {place}"] if place.startswith("shelf") else [f"go to {place}", f"open {place}"]
 
 
-def search_actions(task):
-    """A search that does not know the place: the open shelves first, then every door, then the goal."""
-    visited = PLACES[:PLACES.index(task["place"]) + 1]
-    actions = [action for place in visited for action in look_into(place)]
-    actions.append(f"take {task['object']} from {task['place']}")
-    if task["type"] in APPLIANCES:
-        appliance = APPLIANCES[task["type"]]
-        actions += [f"go to {appliance}", f"{task['type']} {task['object']} with {appliance}"]
-    return actions + [f"go to {task['target']} 1", f"put {task['object']} in/on {task['target']} 1"]
+def finish(task):
+    """The actions of one who sees the object: take it, clean, heat or cool it, put it where it belongs."""
+    kind, obj, target = task["type"], task["object"], task["target"]
+    actions = [f"take {obj} from {task['place']}"]
+    if kind in APPLIANCES:
+        actions += [f"go to {APPLIANCES[kind]}", f"{kind} {obj} with {APPLIANCES[kind]}"]
+    return actions + [f"go to {target} 1", f"put {obj} in/on {target} 1"]
 
 
 def expert(task):
     """The shortest action list, for one who knows the place."""
-    actions = search_actions(task)
-    return actions[actions.index(f"go to {task['place']}"):]
+    return look_into(task["place"]) + finish(task)
+
+
+def search_actions(task):
+    """A search that does not know the place: the open shelves first, then every door, then the goal."""
+    actions = []
+    for place in PLACES[:PLACES.index(task["place"]) + 1]:
+        actions += look_into(place)
+    return actions + finish(task)
 
 
 def plan(task):
     """The plan as text. It ends with the places in the order to look in them, and the first one is right.
 
-    All numbers of a kind and all kinds occur in every plan, so it is their order that tells the place: the mean of the
-    states does not. And a message cut to its first 8 vectors says the goal only."""
-    kind, obj, target, place = (task[key] for key in ("type", "object", "target", "place"))
-    steps = [f"to {goal(kind, obj, target)}", f"take {obj}"]
+    All numbers of a kind and all kinds occur in every plan, so it is their order that tells the place: the
+    mean of the states does not. And a message cut to its first 8 vectors says the goal only."""
+    kind, obj, place = task["type"], task["object"], task["place"]
+    name, number = place.split()
+    first, last = int(number), FURNITURE[name]
+    numbers = [*range(first + 1, last + 1), *range(1, first)]  # drawer 3 of 8 -> 4 5 6 7 8 1 2
+    others = [other for other in FURNITURE if other != name]
+
+    steps = [f"to {goal(task)}", f"take {obj}"]
     if kind in APPLIANCES:
         steps.append(f"{kind} {obj} with {APPLIANCES[kind]}")
-    name, number = place.split()
-    numbers = [p.split()[1] for p in PLACES if p.startswith(name)]
-    i = numbers.index(number)
-    others = [other for other in dict.fromkeys(p.split()[0] for p in PLACES) if other != name]
-    look = f"go to {place} else {' '.join(numbers[i + 1:] + numbers[:i])} else {' '.join(others)}"
-    return " , ".join([*steps, f"put {obj} in/on {target} 1", look])
+    steps.append(f"put {obj} in/on {task['target']} 1")
+    steps.append(f"go to {place} else {' '.join(map(str, numbers))} else {' '.join(others)}")
+    return " , ".join(steps)
 
 
 def conversation(task, actions):
-    """The episode as turns [{"from": "human" | "gpt", "value"}, …]; it ends with the last action."""
+    """The episode as turns [{"from": "human" | "gpt", "value"}, ...]; it ends with the last action."""
     world = Household()
     turns = [{"from": "human", "value": world.reset(task)}]
     for action in actions:
-        turns += [{"from": "gpt", "value": action}, {"from": "human", "value": world.step(action)[0]}]
+        observation = world.step(action)[0]
+        turns += [{"from": "gpt", "value": action}, {"from": "human", "value": observation}]
     return turns[:-1]
 
 
-def training_rows():
-    """What train_actor.py reads: the expert's conversation for every training task."""
-    return [{"id": task["id"], "conversations": conversation(task, expert(task))}
-            for task in Household().tasks("train")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer and the language models
+# --------------------------------------------------------------------------------------------------
+# 2. Language models. A training sample of theirs is a list of (text, whether it is supervised)
 
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<bop>", "<eop>"]
-CHAT_TEMPLATE = ("{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> {% endfor %}"
-                 "{% if add_generation_prompt %}<assistant>{% endif %}")
+CHAT_TEMPLATE = """
+{%- for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> {% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 def build_tokenizer(texts):
-    """One token per word of `texts`, and the special tokens."""
-    words = SPECIAL + sorted({word for text in texts for word in text.split()})
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    """A tokenizer with one token per word of `texts`, and the special ones."""
+    words = SPECIAL + sorted(set(" ".join(texts).split()))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # `in/on` and `\boxed{` stay one word
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", padding_side="left",
-        extra_special_tokens=SPECIAL[3:], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+        extra_special_tokens=SPECIAL[3:],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE)
 
 
-def collate(examples, vocabulary):
-    """Examples -> input_ids, labels, both (B, T) int64, padded on the right; labels are -100 where not supervised."""
-    width = max(sum(len(text.split()) for text, _ in spans) for spans in examples)
-    input_ids = torch.full((len(examples), width), vocabulary["<pad>"])
-    labels = torch.full((len(examples), width), -100)
-    for row, spans in enumerate(examples):
-        start = 0
-        for text, supervised in spans:
-            ids = torch.tensor([vocabulary[word] for word in text.split()])
-            input_ids[row, start:start + len(ids)] = ids
-            if supervised:
-                labels[row, start:start + len(ids)] = ids
-            start += len(ids)
-    return input_ids, labels
+def collate(samples, vocabulary):
+    """Samples [(text, supervised?), ...] -> input_ids, labels, both (B, T) int64, padded on the right."""
+    input_ids, labels = [], []
+    for spans in samples:
+        words = [(vocabulary[word], supervised) for text, supervised in spans for word in text.split()]
+        input_ids.append(torch.tensor([i for i, _ in words]))
+        labels.append(torch.tensor([i if supervised else -100 for i, supervised in words]))
+    input_ids = pad_sequence(input_ids, batch_first=True, padding_value=vocabulary["<pad>"])
+    return input_ids, pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, learning_rate=5e-3):
-    """A small Qwen2 from scratch. draw(rng) gives the examples of a step, each a list [(text, supervised?), …]."""
+    """A small Qwen2, trained from scratch and in eval mode. draw(rng) gives the samples of a step."""
     rng = random.Random(f"{role} {seed}")
-    torch.manual_seed(rng.getrandbits(32))  # from the same start two roles would share embeddings: no need to adapt
-    vocabulary = tokenizer.get_vocab()
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=feed_forward, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+    torch.manual_seed(rng.getrandbits(32))  # from one start two roles would share embeddings: none to adapt
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.1,  # a model this small does not learn to copy with the usual 0.02
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=20, num_training_steps=steps)
-    progress = tqdm(range(steps), desc=f"train the {role} from scratch")
-    for _ in progress:
-        input_ids, labels = collate(draw(rng), vocabulary)
+    vocabulary = tokenizer.get_vocab()
+    bar = progress(total=steps, desc=f"train the {role} from scratch", unit="step")
+    for _ in range(steps):
+        input_ids, labels = collate(draw(rng), vocabulary)  # (B, T), (B, T)
         # no attention mask: the padding is on the right, where causal attention does not look
         loss = model(input_ids=input_ids, labels=labels).loss
         optimizer.zero_grad()
@@ -234,15 +264,17 @@ def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, lea
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        bar.update(1)
+    bar.close()
+    print(f"{role}: loss {loss.item():.3f} after {steps} steps")
     return model.eval()
 
 
-def make_lm(seconds, path, tokenizer, role, *args, **sizes):
+def make_lm(seconds, path, tokenizer, role, draw, seed, steps, **sizes):
     """`train_lm` into a directory, unless it is there."""
     start = time.perf_counter()
     if not os.path.isdir(path):
-        lm = train_lm(tokenizer, role, *args, **sizes)
+        lm = train_lm(tokenizer, role, draw, seed, steps, **sizes)
         with atomic_path(path) as temporary:
             lm.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
@@ -253,182 +285,242 @@ def household_tokenizer():
     """Every word that the household can say."""
     texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
     for task in all_tasks("train"):
-        texts += [task["task"], plan(task), *(turn["value"] for turn in conversation(task, expert(task)))]
+        turns = conversation(task, expert(task))
+        texts += [task["task"], plan(task), *(turn["value"] for turn in turns)]
     return build_tokenizer(texts)
 
 
-def sender_example(task):
-    """[(text, supervised?), …] of one sender sequence: the house and the task, then the plan."""
+def sender_sample(task):
+    """The sender reads the house and the task and writes the plan."""
     return [(f"<user> {task['task']} <eos> <assistant>", False), (f"{plan(task)} <eos>", True)]
 
 
-def actor_example(task, with_plan):
-    """[(text, supervised?), …] of one actor sequence: the expert with the plan as text, or a search without one."""
+def actor_sample(task, with_plan):
+    """The actor does as the expert with the plan as text, or searches without one."""
     first, *turns = conversation(task, expert(task) if with_plan else search_actions(task))
-    message = f" {PLAN_ANNOUNCEMENT} <bop> {plan(task)} <eop>" if with_plan else ""
-    spans = [(f"<user> {first['value']}{message} <eos> <assistant>", False)]
+    message = f"{PLAN_ANNOUNCEMENT} <bop> {plan(task)} <eop>" if with_plan else ""
+    spans = [(f"<user> {first['value']} {message} <eos> <assistant>", False)]
     for turn in turns:
-        spans.append((f"{turn['value']} <eos>", True) if turn["from"] == "gpt"
-                     else (f"<user> {turn['value']} <eos> <assistant>", False))
+        if turn["from"] == "gpt":
+            spans.append((f"{turn['value']} <eos>", True))
+        else:
+            spans.append((f"<user> {turn['value']} <eos> <assistant>", False))
     return spans
 
 
-def household_examples(role, rows=8):
-    """draw(rng) for `train_lm`: the sender learns to write plans, the actor to act with a plan and without one."""
-    tasks = all_tasks("train")
-    # the actor without a plan learns successful searches only: imitating cut-off ones would make no_comm look too bad
+def sender_samples(tasks, size=8):
+    """draw(rng) of the sender for `train_lm`."""
+    return lambda rng: [sender_sample(task) for task in rng.choices(tasks, k=size)]
+
+
+def actor_samples(tasks, size=8):
+    """draw(rng) of the actor for `train_lm`: half of a step has a plan."""
+    # without a plan it learns successful searches only: cut-off ones would make no_comm look too bad
     searchable = [task for task in tasks if len(search_actions(task)) <= MAX_STEPS]
 
     def draw(rng):
-        if role == "sender":
-            return [sender_example(task) for task in rng.choices(tasks, k=rows)]
-        examples = [actor_example(task, True) for task in rng.choices(tasks, k=rows // 2)]
-        return examples + [actor_example(task, False) for task in rng.choices(searchable, k=rows // 2)]
+        samples = [actor_sample(task, True) for task in rng.choices(tasks, k=size // 2)]
+        return samples + [actor_sample(task, False) for task in rng.choices(searchable, k=size // 2)]
     return draw
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages, each through its real script
+# --------------------------------------------------------------------------------------------------
+# 3. The stages, each through its real script
 
-SETTINGS = {  # steps and sizes: measured so that the whole takes minutes on 2 cores
-    False: {"base": 550, "sender": 250, "collect": 1500, "episodes": 300, "actor": 140, "student": 1300},
-    True: {"base": 300, "sender": 200, "collect": 800, "episodes": 60, "actor": 70, "student": 120},
+SIZES = {  # by task and --fast; steps and counts, measured so that the whole takes minutes on 2 cores
+    ("household", False): {"base": 550, "sender": 250, "train": 1500, "test": 300, "actor": 140, "student": 1300},
+    ("household", True): {"base": 300, "sender": 200, "train": 800, "test": 60, "actor": 70, "student": 120},
+    ("math", False): {"base": 1400, "train": 3000, "test": 300, "actor": 200, "baseline": 200},
+    ("math", True): {"base": 850, "train": 800, "test": 100, "actor": 60, "baseline": 40},
 }
 
 
-def stage(seconds, name, script, command):
-    """Run one stage through its script's main, printing the command as one would type it."""
-    argv = shlex.split(command)
-    print(f"\n[{name}] $ python {script.__name__}.py {shlex.join(argv)}", flush=True)
+def stage(seconds, values, name, command):
+    """Run one stage through its script's main(argv), printing the command as one would type it -> what main
+    returns. Words are told apart before `values` are filled in, so an --output_dir may have spaces."""
+    script, *argv = [word.format(**values) for word in shlex.split(command)]
+    print(f"\n[{name}] $ python {script} {shlex.join(argv)}", flush=True)
     start = time.perf_counter()
-    result = script.main(argv)
+    result = importlib.import_module(script.removesuffix(".py")).main(argv)
     seconds[name] = round(time.perf_counter() - start, 1)
     return result
 
 
-def household(args, out):
-    """Base LMs, messages, actor, evaluation -> success, intervals and seconds by name."""
-    n, seconds, success, interval, message = SETTINGS[args.fast], {}, {}, {}, {}
-    tokenizer, game = household_tokenizer(), Household()
-    tasks = {split: game.tasks(split) for split in ("train", "test")}
-    tasks["train"], tasks["test"] = tasks["train"][:n["collect"]], tasks["test"][:n["episodes"]]
-    for split in tasks:
-        write_json(f"{out}/tasks_{split}.json", tasks[split])
-    write_json(f"{out}/train.json", training_rows()[:n["collect"]])
+def household(out, seed, sizes, seconds):
+    """All stages of the household -> {row of the table: {"success", "interval", ...}}."""
+    run = functools.partial(stage, seconds, {"out": out, "seed": seed, **sizes})
+    game, tasks = Household(), all_tasks("train")
 
-    # two LMs that never shared a parameter: with one LM for both, the adapter would have nothing to do
-    for name, role in (("base", "actor"), ("sender", "sender")):
-        make_lm(seconds, f"{out}/{name}", tokenizer, role, household_examples(role), args.seed, n[name])
+    # --- two LMs that never shared a parameter: with one for both, the adapter would have nothing to do
+    tokenizer = household_tokenizer()
+    make_lm(seconds, f"{out}/base", tokenizer, "actor", actor_samples(tasks), seed, sizes["base"])
+    make_lm(seconds, f"{out}/sender", tokenizer, "sender", sender_samples(tasks), seed, sizes["sender"])
 
-    for split in tasks:
-        stage(seconds, f"collect {split}", collect,
-              f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_{split}.json --prompt_template "
-              f"'{{task}}' --output_dir {out}/messages_{split} --max_new_tokens 60 --batch_size "
-              f"{128 if split == 'train' else 16} --torch_dtype fp32")
-    stage(seconds, "train actor", train_actor,
-          f"--model_name_or_path {out}/base --train_file {out}/train.json --hidden_data {out}/messages_train "
-          f"--output_dir {out}/actor --max_steps {n['actor']} --global_batch_size 32 --per_device_train_batch_size "
-          f"32 --learning_rate 1e-3 --adapter_learning_rate 3e-3 --plan_similarity_weight 0.5 "
-          f"--random_contrast_weight 0.1 --plan_announcement '{PLAN_ANNOUNCEMENT}' --eval_ratio 0.05 --eval_steps 40 "
-          f"--logging_steps 20 --seed {args.seed}")
+    # --- stage 1: the sender writes plans, its states are the messages
+    collect = """collect.py custom --env demo:Household --model_name_or_path {out}/sender
+        --prompt_template '{{task}}' --max_new_tokens 60 --batch_size 64 --torch_dtype fp32"""
+    run("collect train", collect + " --split train --max_samples {train} --output_dir {out}/messages_train")
+    run("collect test", collect + " --split test --max_samples {test} --output_dir {out}/messages_test")
 
-    def play(name, model, variants, flags="", names=None):
-        summary = stage(seconds, name, eval_alfworld,
-                        f"--model_path {model} --env demo:Household --split test --num_episodes {n['episodes']} "
-                        f"--variants {variants} --max_steps {MAX_STEPS} --batch_size {n['episodes']} --max_new_tokens "
-                        f"10 --torch_dtype fp32 --seed {args.seed} --output_path {out}/{name.replace(' ', '_')} "
-                        f"{flags}")
-        for label, figures in summary.items():
-            key = (names or {}).get(label, label)
-            success[key], interval[key] = figures["success"], figures["interval"]
-            message[key] = figures["message_rows"], figures["sender_ms"]
+    # --- stage 2: the actor learns to read them
+    demonstrations = [{"id": task["id"], "conversations": conversation(task, expert(task))}
+                      for task in game.tasks("train")[:sizes["train"]]]
+    write_json(f"{out}/train.json", demonstrations)
+    run("train actor", """
+        train_actor.py --model_name_or_path {out}/base --train_file {out}/train.json
+        --hidden_data {out}/messages_train --output_dir {out}/actor --plan_announcement 'plan :'
+        --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 32
+        --learning_rate 1e-3 --adapter_learning_rate 3e-3
+        --plan_similarity_weight 0.5 --random_contrast_weight 0.1
+        --eval_ratio 0.05 --eval_steps 40 --logging_steps 20 --seed {seed}""")
 
-    play("eval", f"{out}/actor", "none text no_comm cross_task randomrot", f"--hidden_data {out}/messages_test")
-    # stage 3: the same sender model learns to say it in 8 steps; untrained, and the full message cut to 8, beside it
-    stage(seconds, "compress", compress,
-          f"--teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender --train_file "
-          f"{out}/train.json --hidden_data {out}/messages_train --output_dir {out}/student --prompt_template "
-          f"'{{task}}' --K 8 --max_steps {n['student']} --global_batch_size 8 --per_device_train_batch_size 8 "
-          f"--learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.05 --eval_steps "
-          f"500 --logging_steps 100 --seed {args.seed}")
-    live = "--prompt_template '{task}' --latent_steps 8 --sender"
-    play("eval k8", f"{out}/actor", "none", f"{live} {out}/student", {"none_k8": "k8"})
-    play("eval k8 untrained", f"{out}/actor", "none", f"{live} {out}/sender", {"none_k8": "k8_untrained"})
-    stage(seconds, "collect 8 rows", collect,
-          f"custom --model_name_or_path {out}/sender --dataset_path {out}/tasks_test.json --prompt_template '{{task}}' "
-          f"--output_dir {out}/messages_cut --max_new_tokens 60 --c 8 --batch_size 16 --torch_dtype fp32")
-    play("eval cut", f"{out}/actor", "none", f"--hidden_data {out}/messages_cut", {"none": "keep8"})
-    play("eval base", f"{out}/base", "no_comm", names={"no_comm": "no_comm_base"})
-    wins = sum(len(search_actions(task)) <= MAX_STEPS for task in tasks["test"])
-    success["search"], interval["search"] = wins / len(tasks["test"]), wilson_interval(wins, len(tasks["test"]))
-    return {"success": success, "interval": interval, "seconds": seconds, "episodes": len(tasks["test"]),
-            "message": message}
+    # --- stage 3: the sender learns to say it in 8 latent steps
+    run("compress", """
+        compress.py --teacher_model_name_or_path {out}/actor --student_model_name_or_path {out}/sender
+        --train_file {out}/train.json --hidden_data {out}/messages_train --output_dir {out}/student
+        --prompt_template '{{task}}' --K 8
+        --max_steps {student} --global_batch_size 8 --per_device_train_batch_size 8
+        --learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2
+        --eval_ratio 0.05 --eval_steps 500 --logging_steps 100 --seed {seed}""")
+    run("collect 8 states", collect + " --split test --max_samples {test} --c 8 --output_dir {out}/messages_cut")
 
-
-MEANING = {"none": "latent message", "text": "the plan as text, same actor", "no_comm": "no message, same actor",
-           "no_comm_base": "no message, base model", "cross_task": "another task's message",
-           "randomrot": "message rotated at random", "search": "scripted search, no message",
-           "k8": "8 latent steps, trained", "k8_untrained": "8 latent steps, untrained",
-           "keep8": "full message cut to 8 rows"}
+    # --- stage 4: play; each evaluation is one table of eval_alfworld.py, ours has a row of each
+    play = """eval_alfworld.py --env demo:Household --split test --num_episodes {test} --batch_size {test}
+        --max_steps 10 --max_new_tokens 10 --torch_dtype fp32 --seed {seed}"""
+    results = run("eval", play + """ --model_path {out}/actor --hidden_data {out}/messages_test
+        --variants latent text no_comm cross_task randomrot --output_path {out}/eval""")
+    thoughts = " --latent_steps 8 --prompt_template '{{task}}' --sender_batch_size 64"
+    others = {
+        "no_comm_base": "--model_path {out}/base --variants no_comm",
+        "keep8": "--model_path {out}/actor --hidden_data {out}/messages_cut",
+        "k8": "--model_path {out}/actor --sender {out}/student" + thoughts,
+        "k8_untrained": "--model_path {out}/actor --sender {out}/sender" + thoughts,
+    }
+    for name, flags in others.items():
+        figures = run(f"eval {name}", f"{play} {flags} --output_path {{out}}/eval_{name}")
+        results[name], = figures.values()
+    wins = [len(search_actions(task)) <= MAX_STEPS for task in game.tasks("test")[:sizes["test"]]]
+    results["search"] = {"success": sum(wins) / len(wins), "interval": wilson_interval(sum(wins), len(wins))}
+    return results
 
 
-def report(summary, out):
-    """summary.json, results.png and the table."""
-    write_json(f"{out}/summary.json", summary)
-    names = [name for name in MEANING if name in summary["success"]]
-    success = np.array([summary["success"][name] for name in names])
-    low, high = np.array([summary["interval"][name] for name in names]).T
-    special = {"none": "tab:blue", "k8": "tab:blue", "search": "tab:gray"}
-    colors = [special.get(name, "lightsteelblue") for name in names]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.38 * len(names)))
-    axes.barh([MEANING[name] for name in names], success, xerr=[success - low, high - success], color=colors, capsize=3)
-    axes.set(xlim=(0, 1), xlabel=f"success on {summary['episodes']} held-out tasks (95 % Wilson interval)")
-    axes.invert_yaxis()
-    with atomic_path(f"{out}/results.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    print(f"\n{summary['episodes']} held-out tasks\n{'name':14s} {'what the actor gets':32s} success  "
-          f"{'95 % interval':14s} rows  ms per message")
-    for name, p, a, b in zip(names, success, low, high):
-        rows, ms = summary["message"].get(name, (0, 0))
-        sent = f"{rows:4.0f}  {ms:6.2f}" if rows else ""
-        print(f"{name:14s} {MEANING[name]:32s} {p:7.3f}  [{a:.3f}, {b:.3f}] {sent}")
-    print_end(summary["seconds"], out, f"{out}/sender")
+def math(out, seed, sizes, seconds):
+    """All stages of the problems but compression -> {row of the table: {"accuracy", "interval", ...}}."""
+    run = functools.partial(stage, seconds, {"out": out, "seed": seed, **sizes})
+    torch.set_num_threads(1)  # the matrices are tiny: a second thread waits more than it computes
+
+    # --- one LM is both sender and base of the actor
+    tokenizer = build_tokenizer(demo_math.WORDS)
+    make_lm(seconds, f"{out}/base", tokenizer, "base", demo_math.samples, seed, sizes["base"], layers=2,
+            feed_forward=384, learning_rate=6e-3)
+
+    # --- stage 1
+    collect = """collect.py math --model_name_or_path {out}/base --prompt_template '{{task}} plan ?'
+        --question_template '{{task}}' --max_new_tokens 40 --batch_size 100 --torch_dtype fp32"""
+    for split in ("train", "test"):
+        write_json(f"{out}/{split}.json", demo_math.records(split, sizes[split]))
+        run(f"collect {split}", f"{collect} --dataset_path {{out}}/{split}.json --output_dir {{out}}/messages_{split}")
+
+    # --- stage 2: small steps for the actor, or it forgets how to do without a message; the adapter is new
+    train = """train_actor.py --model_name_or_path {out}/base --train_file {out}/messages_train/train.json
+        --global_batch_size 32 --per_device_train_batch_size 32 --logging_steps 50 --seed {seed}"""
+    run("train actor", train + """
+        --hidden_data {out}/messages_train --plan_announcement 'plan :' --output_dir {out}/actor
+        --max_steps {actor} --learning_rate 3e-5 --adapter_learning_rate 6e-3
+        --adapter_scale 1.0 --adapter_output_scale 0.3
+        --plan_similarity_weight 0.5 --random_contrast_weight 0.1""")
+    run("train without messages", train + """
+        --message none --output_dir {out}/actor_no_message --max_steps {baseline} --learning_rate 1e-3""")
+
+    # --- stage 4: answer
+    results = run("eval", """
+        eval_math.py --model_path {out}/actor --baseline_path {out}/actor_no_message
+        --hidden_data {out}/messages_test --dataset {out}/test.json --question_template '{{task}}'
+        --variants latent text no_comm no_cot cross_task randomrot
+        --max_length 8 --batch_size {test} --torch_dtype fp32 --seed {seed} --output_dir {out}/eval""")
+    for level in results["latent"]["by_level"]:  # what the message is worth at each
+        for name in ("latent", "no_comm"):
+            results[f"{name}, level {level}"] = results[name]["by_level"][level]
+    return results
 
 
-def print_end(seconds, out, sender):
+# --------------------------------------------------------------------------------------------------
+# 4. The report
+
+MEANING = {
+    "latent": "latent message",
+    "text": "the plan as text, same actor",
+    "no_comm": "no message, same actor",
+    "no_comm_base": "no message, base model",
+    "no_cot": "no message, base fine-tuned for it",
+    "cross_task": "another task's message",
+    "randomrot": "message rotated at random",
+    "search": "scripted search, no message",
+    "k8": "8 latent steps, trained",
+    "k8_untrained": "8 latent steps, untrained",
+    "keep8": "full message cut to 8 states",
+}
+
+
+def report(out, results, rate, seconds, n_tasks):
+    """summary.json, results.png and the table of results {name: {rate, "interval", ...}}."""
+    write_json(f"{out}/summary.json", {"tasks": n_tasks, "results": results, "seconds": seconds})
+    meanings = [MEANING.get(name, name) for name in results]
+    rates = [figures[rate] for figures in results.values()]
+    intervals = [figures["interval"] for figures in results.values()]
+    xlabel = f"{rate} on {n_tasks} held-out tasks (95 % Wilson interval)"
+    plot_bars(f"{out}/results.png", meanings, rates, intervals, xlabel)
+
+    print(f"\n{n_tasks} held-out tasks")
+    print(f"{'name':17s}{'what the actor gets':36s}{rate:10s}95 % interval   states  ms per message")
+    for (name, figures), meaning in zip(results.items(), meanings):
+        low, high = figures["interval"]
+        line = f"{name:17s}{meaning:36s}{figures[rate]:.3f}     [{low:.3f}, {high:.3f}]"
+        if figures.get("message_length"):
+            line += f"  {figures['message_length']:6.1f}  {figures['sender_ms']:6.2f}"
+        print(line)
     print(f"\n{sum(seconds.values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
-    print(f"wrote {out}/summary.json and {out}/results.png; look inside a message: python collect.py inspect "
-          f"{out}/messages_test --model_name_or_path {sender}")
+    print(f"wrote {out}/summary.json and {out}/results.png")
 
 
-def demo(args):
-    out = args.output_dir or {"household": "demo_out", "math": "demo_out_math"}[args.task]
-    if args.fresh and os.path.isdir(out):
-        shutil.rmtree(out)
-    settings = {"task": args.task, "seed": args.seed, "fast": args.fast}
-    if os.path.exists(f"{out}/settings.json") and (before := read_json(f"{out}/settings.json")) != settings:
-        raise UserError(f"{out} was made with other flags ({before}): add --fresh to start over, or give another "
-                        f"--output_dir")
-    write_json(f"{out}/settings.json", settings)
-    if args.task == "math":
-        import demo_math  # which imports this file
-        demo_math.report(demo_math.math(args, out), out)
-    else:
-        report(household(args, out), out)
-
-
-def main(argv=None):
-    parser = Parser(prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+def get_args(argv):
+    parser = Parser(prog="demo.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["household", "math"], default="household", help="games or problems")
-    parser.add_argument("--output_dir", help="models, messages, results, which a second run reuses; default: demo_out, "
-                                             "with --task math demo_out_math")
+    parser.add_argument("--output_dir", help="models, messages, results, which a second run reuses; default: "
+                                             "demo_out, with --task math demo_out_math")
     parser.add_argument("--seed", type=int, default=0, help="of the models and of everything drawn")
-    parser.add_argument("--fast", action="store_true", help="under a minute: fewer steps and episodes, weaker results")
+    parser.add_argument("--fast", action="store_true", help="under a minute: fewer steps, weaker results")
     parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
-    args = parser.parse_args(argv)
-    run(parser, demo, args)
+    return parser.parse_args(argv)
+
+
+@one_line_errors("demo.py")
+def main(argv=None):
+    args = get_args(argv)
+    out = args.output_dir or {"household": "demo_out", "math": "demo_out_math"}[args.task]
+    if args.fresh:
+        remove(out)
+
+    # --- a directory holds one demo
+    settings = {"task": args.task, "seed": args.seed, "fast": args.fast}
+    before = read_json(f"{out}/settings.json") if os.path.exists(f"{out}/settings.json") else settings
+    if before != settings:
+        raise UserError(f"{out} was made with other flags ({before}): add --fresh to start over, or give "
+                        f"another --output_dir")
+    write_json(f"{out}/settings.json", settings)
+
+    # --- all stages, and what they showed
+    sizes, seconds = SIZES[args.task, args.fast], {}
+    if args.task == "household":
+        results = household(out, args.seed, sizes, seconds)
+        report(out, results, "success", seconds, sizes["test"])
+    else:
+        results = math(out, args.seed, sizes, seconds)
+        report(out, results, "accuracy", seconds, sizes["test"])
+    sender = "sender" if args.task == "household" else "base"
+    print(f"look inside a message: python collect.py inspect {out}/messages_test "
+          f"--model_name_or_path {out}/{sender}")
 
 
 if __name__ == "__main__":
