@@ -25,12 +25,13 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Errors and flags
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what was expected and what was there. Scripts exit with code 2."""
+    """A mistake of the user's: one line that says what was expected and what was there. Scripts exit
+    with code 2."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # one line, whatever was read
@@ -102,7 +103,8 @@ def one_line_errors(prog):
 
 
 def is_text(value):
-    """True for a str that has a UTF-8 form: JSON can hold half of a surrogate pair, which no tokenizer reads."""
+    """True for a str that has a UTF-8 form: JSON can hold half of a surrogate pair, which no tokenizer
+    reads."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -110,18 +112,20 @@ SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SI
 
 
 def catch_sigterm():
-    """How clusters preempt -> a list that is no longer empty once SIGTERM came. main's decorator undoes it."""
+    """How clusters preempt -> a list that is no longer empty once SIGTERM came. main's decorator undoes
+    it."""
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     return asked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Files
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never half of one.
+    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never
+    half of one.
 
     Works for files and directories. Raises UserError where the disk refuses."""
     temporary = f"{path}.tmp{os.getpid()}"
@@ -137,7 +141,8 @@ def atomic_path(path):
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
     except Exception as error:
-        # a full disk speaks differently through each library: tokenizers raise an Exception, torch.save a RuntimeError
+        # a full disk speaks differently through each library: tokenizers raise an Exception, torch.save
+        # a RuntimeError
         known = isinstance(error, (OSError, SafetensorError))
         if not known and not re.search("os error|PytorchStream|unexpected pos", str(error)):
             raise
@@ -149,7 +154,8 @@ def atomic_path(path):
 
 
 def remove(path):
-    """Delete a file or a directory, if it is there. A directory loses its name first: a kill leaves no half of it."""
+    """Delete a file or a directory, if it is there. A directory loses its name first: a kill leaves no
+    half of it."""
     if os.path.isdir(path):
         doomed = path if ".tmp" in os.path.basename(path) else f"{path}.tmp{os.getpid()}old"
         os.rename(path, doomed)
@@ -195,7 +201,8 @@ def read_json(path):
 
 
 def fingerprint(path):
-    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory are others."""
+    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory
+    are others."""
     if not os.path.isdir(path):
         return None
     digest = hashlib.sha256()
@@ -210,7 +217,7 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. Processes and numbers
 
 def this_rank():
@@ -233,6 +240,14 @@ class progress(tqdm):
         if file.isatty():
             return tqdm.status_printer(file)
         return lambda text: text and print(text, file=file, flush=True)
+
+    @classmethod
+    def write(cls, text, file=None, **kwargs):
+        """A line above the bar; in a log file just the line."""
+        if sys.stderr.isatty():
+            super().write(text, file, **kwargs)
+        else:
+            print(text, file=file, flush=True)
 
 
 def memory_gb(device):
@@ -260,9 +275,10 @@ def wilson_interval(successes, n, z=1.96):
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Checkpoints: OUTPUT/checkpoint-N holds the model, optimizer.pt and trainer_state.json; any number of ranks, with and
-# without FSDP2, can go on from it. OUTPUT itself becomes the best of them, or the last, when the run is over.
+# ------------------------------------------------------------------------------------------------
+# 4. Checkpoints: OUTPUT/checkpoint-N holds the model, optimizer.pt and trainer_state.json; any number
+# of ranks, with and without FSDP2, can go on from it. OUTPUT itself becomes the best of them, or the
+# last, when the run is over.
 
 NOT_THE_MODEL = ("optimizer.pt", "trainer_state.json")
 
@@ -285,8 +301,8 @@ def latest_checkpoint(output_dir, resume):
 def read_state(checkpoint, settings, output_dir):
     """trainer_state.json of a checkpoint. Raises UserError if it was trained with other settings.
 
-    settings: the flags that a result depends on. The best model so far stays behind when a run moves to another
-    output_dir, and is then forgotten."""
+    settings: the flags that a result depends on. The best model so far stays behind when a run moves to
+    another output_dir, and is then forgotten."""
     state = read_json(os.path.join(checkpoint, "trainer_state.json"))
     changed = [name for name in settings if settings[name] != state["settings"].get(name)]
     if changed:
@@ -299,7 +315,8 @@ def read_state(checkpoint, settings, output_dir):
 
 
 def prepare_output(output_dir, checkpoint):
-    """Before the first step: half-written files of a killed run go, and all of an old run that is not continued."""
+    """Before the first step: half-written files of a killed run go, and all of an old run that is not
+    continued."""
     os.makedirs(output_dir, exist_ok=True)
     for name in os.listdir(output_dir):
         if ".tmp" in name:
@@ -311,7 +328,8 @@ def prepare_output(output_dir, checkpoint):
 
 
 def save_checkpoint(directory, rank, model, write_model, optimizer, state):
-    """One atomic directory. All ranks must call it, because FSDP2 puts the shards together; rank 0 writes.
+    """One atomic directory. All ranks must call it, because FSDP2 puts the shards together; rank 0
+    writes.
 
     write_model(path, state_dict) gets {name: whole tensor on the CPU}."""
     from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
@@ -344,7 +362,8 @@ def prune_checkpoints(output_dir, keep, best_step):
 
 
 def publish_model(output_dir, state):
-    """The output directory itself becomes the best model, or the last where nothing was held out -> its checkpoint.
+    """The output directory itself becomes the best model, or the last where nothing was held out -> its
+    checkpoint.
 
     trainer_state.json is written last of all: who finds it there knows that the run is over."""
     source = os.path.join(output_dir, f"checkpoint-{state['best_step'] or state['step']}")
@@ -356,11 +375,12 @@ def publish_model(output_dir, state):
     return source
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 5. Log and pictures
 
 def open_log(path, columns, step):
-    """loss_log.csv up to `step` -> (file, writer): what came after the checkpoint is run, and logged, again."""
+    """loss_log.csv up to `step` -> (file, writer): what came after the checkpoint is run, and logged,
+    again."""
     kept = []
     if step and os.path.exists(path):
         with open(path) as file:
@@ -399,7 +419,8 @@ def plot_curves(csv_path, png_path, columns, ylabel):
 
 
 def plot_bars(path, labels, values, intervals, xlabel, title=""):
-    """Horizontal bars from 0 to 1 with their intervals [(low, high)]; the first label on top, and dark: the message."""
+    """Horizontal bars from 0 to 1 with their intervals [(low, high)]; the first label on top, and dark:
+    the message."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 0.8 + 0.38 * len(labels)))
     axes = figure.subplots()

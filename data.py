@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from common import UserError, is_text, progress, read_json, seed_for, this_rank
 from model import BOP, EOP, build_sample, template_text
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Prompts
 
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
@@ -36,10 +36,12 @@ ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant"
 
 
 def to_messages(record, task_turn=0, where="conversation"):
-    """{"conversations": [{"from", "value"}], "system"?} or {"messages": [{"role", "content"}]} -> [{"role", "content"}].
+    """{"conversations": [{"from", "value"}], "system"?} or {"messages": [{"role", "content"}]} ->
+    [{"role", "content"}].
 
-    task_turn t > 0 folds turns 0 and t into the first human turn and drops what lies between: ETO's files open with
-    instruction, "OK", task. A system turn stays in front and is not counted. Raises UserError naming `where`."""
+    task_turn t > 0 folds turns 0 and t into the first human turn and drops what lies between: ETO's
+    files open with instruction, "OK", task. A system turn stays in front and is not counted. Raises
+    UserError naming `where`."""
     turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
@@ -49,7 +51,8 @@ def to_messages(record, task_turn=0, where="conversation"):
     for turn in turns:
         check_turn(turn, where)
         role, text = ROLES[turn.get("from", turn.get("role"))], turn.get("value", turn.get("content"))
-        # many templates trim, so everything is trimmed: training and evaluation then agree under any template
+        # many templates trim, so everything is trimmed: training and evaluation then agree under any
+        # template
         messages.append({"role": role, "content": text.strip()})
     system = messages[:1] if messages[0]["role"] == "system" else []
     messages = messages[len(system):]
@@ -81,15 +84,17 @@ def check_task_turn(messages, task_turn, where):
 
 
 def text_ids(tokenizer, text):
-    """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain text."""
+    """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain
+    text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def encode_pieces(tokenizer, pieces):
     """[(text, is it user-supplied?)] -> ids, and for each id the number of the piece where it ends.
 
-    Template and text are tokenized as one string, so the ids are those of apply_chat_template(tokenize=True) even where
-    words join across the border, and offsets tell the pieces apart:
+    Template and text are tokenized as one string, so the ids are those of
+    apply_chat_template(tokenize=True) even where words join across the border, and offsets tell the
+    pieces apart:
 
         "[INST] " + "Find x" + " [/INST]"  ->  [INST] ▁Find ▁x ▁ [/INST]  of pieces  0 1 1 2 2
 
@@ -111,7 +116,8 @@ def encode_pieces(tokenizer, pieces):
 def template_pieces(tokenizer, messages, add_generation_prompt, where):
     """The rendered template -> [template, text of turn 0, template, text of turn 1, ..., template].
 
-    It is rendered with a mark in place of each turn's text, so template and text are told apart whatever they say."""
+    It is rendered with a mark in place of each turn's text, so template and text are told apart
+    whatever they say."""
     roles = " ".join(message["role"] for message in messages)
     marked = [{**message, "content": f"\ue000{n}\ue001"} for n, message in enumerate(messages)]
     try:
@@ -129,7 +135,8 @@ def template_pieces(tokenizer, messages, add_generation_prompt, where):
 
 @functools.lru_cache(maxsize=32)
 def control_tokens(tokenizer, n_tokens):
-    """The tokens that user-supplied text must not spell; n_tokens, its size, is there for the cache: <bop> may come."""
+    """The tokens that user-supplied text must not spell; n_tokens, its size, is there for the cache:
+    <bop> may come."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
@@ -143,9 +150,9 @@ def up_to_control_token(tokenizer, text):
 def reply_frame(tokenizer, chat_template):
     """What a template writes around a reply -> (lead, end in the middle, end of the last turn), texts.
 
-    The lead stands between the generation prompt and the reply: an empty thought (Qwen3), a channel (gpt-oss), a space
-    (Mistral, Llama-2). A turn ends with a control token, and some templates close the last turn with another one than
-    the turns before it (gpt-oss); "" if there is none."""
+    The lead stands between the generation prompt and the reply: an empty thought (Qwen3), a channel
+    (gpt-oss), a space (Mistral, Llama-2). A turn ends with a control token, and some templates close
+    the last turn with another one than the turns before it (gpt-oss); "" if there is none."""
     turns = [{"role": role, "content": "-"} for role in ("user", "assistant", "user")]
     where = f"the chat template of {tokenizer.name_or_path}"
     prompt = template_text(tokenizer, turns[:1], True)
@@ -177,13 +184,14 @@ def final_reply(text):
 
 
 def encode_prompt(tokenizer, messages, announcement=None, where="conversation", reply=None):
-    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of ints.
+    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of
+    ints.
 
-    Where the first human turn is part of the answer, the message goes between `before`, which then ends with the
-    announcement and <bop>, and `after`, which starts with <eop>; announcement None leaves all of that out. The released
-    code builds the prompts of training and of evaluation in two places, and they differ; here every prompt of both is
-    built by this function, turn by turn, as a growing KV cache reads it. A third list follows where a `reply` is given:
-    its ids, with its end of turn."""
+    Where the first human turn is part of the answer, the message goes between `before`, which then ends
+    with the announcement and <bop>, and `after`, which starts with <eop>; announcement None leaves all
+    of that out. The released code builds the prompts of training and of evaluation in two places, and
+    they differ; here every prompt of both is built by this function, turn by turn, as a growing KV
+    cache reads it. A third list follows where a `reply` is given: its ids, with its end of turn."""
     texts = template_pieces(tokenizer, messages, True, where)
     lead, _, end_of_turn = reply_frame(tokenizer, tokenizer.chat_template)
     texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
@@ -211,8 +219,9 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
 
 
 def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
-    """A training sample -> (before, after, labels): the message goes between `before` and `after`; labels (for `after`)
-    are the ids of every assistant token including its end of turn, -100 elsewhere. No label ever lies in `before`."""
+    """A training sample -> (before, after, labels): the message goes between `before` and `after`;
+    labels (for `after`) are the ids of every assistant token including its end of turn, -100 elsewhere.
+    No label ever lies in `before`."""
     before, after, labels = [], [], []
     check_reply_end(tokenizer)
     ends = reply_frame(tokenizer, tokenizer.chat_template)[1:]
@@ -242,7 +251,7 @@ def plan_ids_for(tokenizer, plan, plan_token_ids):
     return text_ids(tokenizer, plan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Tasks
 
 def optional(name):
@@ -336,7 +345,8 @@ def task_text(record, task_field, conversations_index, where):
 
 def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0,
                split="train", subjects=None, max_samples=None):
-    """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is left out."""
+    """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is
+    left out."""
     records = read_records(path, split)
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
         raise UserError(f"{path}: expected a non-empty list of records")
@@ -365,11 +375,12 @@ def load_tasks(path, id_field="id", task_field="problem", response_field="soluti
     return tasks[:max_samples]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. Training samples
 
 class Conversations:
-    """The samples of a file, encoded and checked, in lists by position; latents are read when a batch needs them."""
+    """The samples of a file, encoded and checked, in lists by position; latents are read when a batch
+    needs them."""
 
     def __init__(self, path, tokenizer, shards=None, message="latent", announcement=PLAN_ANNOUNCEMENT, task_turn=0,
                  max_length=2**31, max_message=2048, sender_dim=None):
@@ -424,7 +435,8 @@ class Conversations:
         return ids
 
     def check_message(self, n, where):
-        """The length of sample n's latent message. Raises UserError if there is none, or of another width."""
+        """The length of sample n's latent message. Raises UserError if there is none, or of another
+        width."""
         if has_latents(self.records[n]):
             length, width = self.latents(n).shape
         elif not self.stored(n):
@@ -439,7 +451,8 @@ class Conversations:
         return length
 
     def latents(self, n):
-        """The raw message of sample n, (L, d_s): from the record itself, from its file, or from the shards."""
+        """The raw message of sample n, (L, d_s): from the record itself, from its file, or from the
+        shards."""
         record = self.records[n]
         if not has_latents(record):
             return self.shards[self.ids[n]]
@@ -453,7 +466,8 @@ class Conversations:
         return latents
 
     def sample(self, n, message, ratio=0.0, source=None):
-        """Sample n with the message of sample `source` (default n); a share `ratio` of it are words of the plan."""
+        """Sample n with the message of sample `source` (default n); a share `ratio` of it are words of
+        the plan."""
         source = n if source is None else source
         if message == "none":
             return build_sample(*self.encoded[n])
@@ -467,7 +481,8 @@ def has_latents(record):
 
 
 def read_latents(record):
-    """hidden_state (nested lists) or hidden_state_path (.npy, .safetensors, .pt) of a record -> (L, d)."""
+    """hidden_state (nested lists) or hidden_state_path (.npy, .safetensors, .pt) of a record -> (L,
+    d)."""
     path = record.get("hidden_state_path")
     if path is None:
         return torch.tensor(record["hidden_state"], dtype=torch.float32)
@@ -507,31 +522,36 @@ def permutation(n, *seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("order", *seed))).tolist()
 
 
-def global_batch(step, n, size, seed):
-    """[(draw, position)] of one optimizer step, from a stream of permutations of n samples, one per epoch. It depends
-    on the step alone, so any number of ranks and any restart see the same batch:
+def global_batch(step, samples, size, seed):
+    """[(draw, sample)] of one optimizer step, from a stream of permutations of `samples`, one per
+    epoch. It depends on the step alone, so any number of ranks and any restart see the same batch:
 
-        n = 3, size = 2, permutations [2 0 1] [1 2 0]  ->  step 0: [(0, 2), (1, 0)]   step 1: [(2, 1), (3, 1)]"""
-    draws = range(step * size, (step + 1) * size)
-    return [(draw, permutation(n, seed, draw // n)[draw % n]) for draw in draws]
+        samples a b c, size 2, permutations [c a b] [b c a]  ->  step 0: (0, c) (1, a)   step 1: (2, b) (3, b)"""
+    batch = []
+    for draw in range(step * size, (step + 1) * size):
+        epoch, place = divmod(draw, len(samples))
+        batch.append((draw, samples[permutation(len(samples), seed, epoch)[place]]))
+    return batch
 
 
-def another_task(n, tasks, *seed):
-    """Index of a sample whose task differs from sample n's: never n itself, for any batch size or number of ranks (the
-    released code's pool holds the sample itself). Raises UserError if all tasks are the same."""
+def another_task(n, tasks, candidates, *seed):
+    """One of `candidates` whose task differs from tasks[n]: never n itself, for any batch size or
+    number of ranks (the released code's pool holds the sample itself). Raises UserError if all tasks
+    are the same."""
     generator = torch.Generator().manual_seed(seed_for("another", *seed))
     for _ in range(64):
-        other = torch.randint(len(tasks), (), generator=generator).item()
+        other = candidates[torch.randint(len(candidates), (), generator=generator).item()]
         if tasks[other] != tasks[n]:
             return other
-    others = [i for i, task in enumerate(tasks) if task != tasks[n]]
+    others = [other for other in candidates if tasks[other] != tasks[n]]  # slow for many samples: only if need be
     if not others:
         raise UserError("a message of another task is needed, but all tasks are the same: add samples")
     return others[torch.randint(len(others), (), generator=generator).item()]
 
 
 def split_eval(data, ratio, seed):
-    """Positions of training and held-out samples; a sample's side depends on its id, not on the order of the file."""
+    """Positions of training and held-out samples; a sample's side depends on its id, not on the order
+    of the file."""
     by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
     held_out = set(by_hash[:round(ratio * len(data))])
     return [n for n in range(len(data)) if n not in held_out], sorted(held_out)

@@ -1,9 +1,9 @@
 """
 The method of Interlat (arXiv 2511.09149), whole: agents that talk in latent space instead of text.
 
-A *sender* LLM thinks about a task; instead of its plan's text it hands over the last-layer hidden states
-H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input embeddings between <bop> and <eop>, at the
-end of the first human turn, and then acts. Read in this order:
+A *sender* LLM thinks about a task; instead of its plan's text it hands over the last-layer hidden
+states H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input embeddings between
+<bop> and <eop>, at the end of the first human turn, and then acts. Read in this order:
 
     1. adapter        H (L, d_s) -> a message (L, d_a) in the actor's embedding space
     2. insertion      ids and latents of some samples -> one padded batch of input embeddings
@@ -35,12 +35,13 @@ from common import UserError, atomic_path, read_json, write_json
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
 FORMAT_VERSION = 2  # of latent_adapter.json
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 1. Adapter: sender states -> actor embeddings
 
 
 class AdaptiveProjection(nn.Module):
-    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned scalars. (B, L, D) -> (B, L, D)."""
+    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned scalars. (B, L, D) ->
+    (B, L, D)."""
 
     def __init__(self, dim, scale=0.2, output_scale=0.1):
         super().__init__()
@@ -60,11 +61,13 @@ class AdaptiveProjection(nn.Module):
 
 
 class HiddenStateProcessor(nn.Module):
-    """The adapter (paper, section on the communication adapter): sender states -> vectors as loud as the actor's words.
+    """The adapter (paper, section on the communication adapter): sender states -> vectors as loud as
+    the actor's words.
 
-    `output_scale` starts at (RMS of the actor's word embeddings) / scale: the LayerNorm before it gives RMS 1, so a
-    message starts as loud as a word. The released code fixes 0.1, which is this for Qwen's table only.
-    An adapter of your own takes L states and gives L vectors; its arguments are kept in latent_adapter.json."""
+    `output_scale` starts at (RMS of the actor's word embeddings) / scale: the LayerNorm before it gives
+    RMS 1, so a message starts as loud as a word. The released code fixes 0.1, which is this for Qwen's
+    table only. An adapter of your own takes L states and gives L vectors; its arguments are kept in
+    latent_adapter.json."""
 
     def __init__(self, sender_dim, dim, num_heads=8, dropout=0.1, scale=0.2, output_scale=0.1):
         super().__init__()
@@ -82,19 +85,21 @@ class HiddenStateProcessor(nn.Module):
         return self.projection(self.norm_out(n + a))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 2. Insertion: ids and latents of some samples -> one batch
 
 def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
-    """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of `after`.
+    """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of
+    `after`.
 
-    The curriculum: the first floor(ratio * L) positions of the message carry the plan's words, the rest latents:
+    The curriculum: the first floor(ratio * L) positions of the message carry the plan's words, the rest
+    latents:
 
         L = 5, ratio = 0.4 -> [p1 p2 h3 h4 h5]      ratio = 0: all latents      ratio = 1: the plan as text
 
-    The paper's order; the released code has it the other way round and never reaches ratio 0, the pure latent message
-    that evaluation uses. Where sender and actor split the plan differently, each part is cut at its share of its
-    length. No plan and no latents: no message."""
+    The paper's order; the released code has it the other way round and never reaches ratio 0, the pure
+    latent message that evaluation uses. Where sender and actor split the plan differently, each part is
+    cut at its share of its length. No plan and no latents: no message."""
     L = 0 if latents is None else len(latents)
     skip = math.floor(ratio * L + 1e-9)  # 0.7 * 10 is a little more than 7, and other products a little less
     plan = list(plan_ids[:math.floor(ratio * len(plan_ids) + 1e-9)])
@@ -106,8 +111,9 @@ def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
 
 
 def collate(samples, device="cpu", padding_side="right"):
-    """Samples -> input_ids, attention_mask, labels, message_mask (B, T) and, where some sample has latents, latents
-    (B, L, d_s), latents_mask (B, L) of those that are real and keep_mask (B, L) of those that are inserted."""
+    """Samples -> input_ids, attention_mask, labels, message_mask (B, T) and, where some sample has
+    latents, latents (B, L, d_s), latents_mask (B, L) of those that are real and keep_mask (B, L) of
+    those that are inserted."""
     B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
     batch = {"input_ids": torch.zeros(B, T, dtype=torch.long),
              "attention_mask": torch.zeros(B, T, dtype=torch.long),
@@ -134,11 +140,12 @@ def collate(samples, device="cpu", padding_side="right"):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 3. Losses, per supervised position, in nats
 
 def supervised(hidden_states, labels):
-    """The states that predict a label: token t is predicted from position t - 1, in CE and in the auxiliary losses.
+    """The states that predict a label: token t is predicted from position t - 1, in CE and in the
+    auxiliary losses.
 
     (B, T, D), (B, T) -> (N, D), (N,). The released code forgets this shift in the auxiliary losses."""
     mask = labels[:, 1:] != -100
@@ -161,18 +168,20 @@ def js_divergence(log_p, log_q):
 def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
     """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)) and its parts: a dict of (n,).
 
-    KL's direction is the released code's (the paper writes it reversed); the cosine is of probabilities, per position
-    (the paper: of normalised logits; released: flattened over all tokens)."""
+    KL's direction is the released code's (the paper writes it reversed); the cosine is of
+    probabilities, per position (the paper: of normalised logits; released: flattened over all
+    tokens)."""
     kl = kl_divergence(log_p_plan, log_p)
     cosine_distance = 1 - F.cosine_similarity(log_p_plan.exp(), log_p.exp(), dim=-1)
     return {"align": beta * kl + alpha * cosine_distance, "kl": kl, "cosine_distance": cosine_distance}
 
 
 def actor_loss(logits, targets):
-    """The terms of the actor's loss at n positions -> {name: (n,)}. A loss of your own is one more line here.
+    """The terms of the actor's loss at n positions -> {name: (n,)}. A loss of your own is one more line
+    here.
 
-    logits: {"latent": (n, V)} of the sample with its latent message and, without gradient, "plan" with the plan as text
-    and "other" with another task's message. targets: {"labels": (n,)}."""
+    logits: {"latent": (n, V)} of the sample with its latent message and, without gradient, "plan" with
+    the plan as text and "other" with another task's message. targets: {"labels": (n,)}."""
     log_probs = {name: F.log_softmax(z, dim=-1) for name, z in logits.items()}
     log_p = log_probs["latent"]
     terms = {"task": F.nll_loss(log_p, targets["labels"], reduction="none")}
@@ -186,10 +195,11 @@ def actor_loss(logits, targets):
 def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     """Sum over N positions of the terms that loss_fn gives for their logits -> {name: scalar}.
 
-    hidden_states: {name: (N, D)}, targets: {name: (N, ...)}; loss_fn gets the same dicts for n positions at a time,
-    with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a chunk's logits are made again in the
-    backward pass, one more product with the head. Small chunks pay for summing the table's gradient, large ones for
-    fresh memory: 2^22 logits were fastest on two CPU cores."""
+    hidden_states: {name: (N, D)}, targets: {name: (N, ...)}; loss_fn gets the same dicts for n
+    positions at a time, with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a
+    chunk's logits are made again in the backward pass, one more product with the head. Small chunks pay
+    for summing the table's gradient, large ones for fresh memory: 2^22 logits were fastest on two CPU
+    cores."""
     n = max(1, chunk_logits // lm.get_input_embeddings().weight.shape[0])
 
     def chunk_terms(states, targets):
@@ -206,17 +216,20 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
 
 
 def adaptive_weight(ceiling, loss, scale):
-    """Between ceiling / 10 and ceiling, growing with the (detached) loss: a term that is satisfied steps back."""
+    """Between ceiling / 10 and ceiling, growing with the (detached) loss: a term that is satisfied
+    steps back."""
     return ceiling * min(max(loss / scale, 0.1), 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 4. Actor: LM + adapter
 
 class LatentActor(nn.Module):
-    """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message baselines.
+    """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message
+    baselines.
 
-    `info` is what latent_adapter.json holds: {"message", "plan_announcement", "adapter": {arguments}, "sender", ...}."""
+    `info` is what latent_adapter.json holds: {"message", "plan_announcement", "adapter": {arguments},
+    "sender", ...}."""
 
     def __init__(self, lm, tokenizer, adapter=None, info=None):
         super().__init__()
@@ -241,8 +254,9 @@ class LatentActor(nn.Module):
     def forward(self, batch, plan_batch=None, other_batch=None):
         """The terms of `actor_loss`, summed over supervised positions -> {name: scalar}.
 
-        L = L_task + w_sep (ln 2 - JS(p_H, p_N)) + w_align (beta KL(p_P || p_H) + alpha (1 - cos)), where H reads the
-        latent message, P the plan as text (plan_batch), N another task's message (other_batch)."""
+        L = L_task + w_sep (ln 2 - JS(p_H, p_N)) + w_align (beta KL(p_P || p_H) + alpha (1 - cos)),
+        where H reads the latent message, P the plan as text (plan_batch), N another task's message
+        (other_batch)."""
         hidden_states, labels = self.hidden_states(batch)  # (N, D), (N,)
         branches = {"latent": hidden_states}
         with torch.no_grad():
@@ -252,8 +266,8 @@ class LatentActor(nn.Module):
         return head_loss(self.lm, branches, actor_loss, {"labels": labels})
 
     def save(self, directory, state_dict=None):
-        """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json. `state_dict` is
-        given where the parameters themselves are split over ranks."""
+        """The actor directory: what save_pretrained writes, plus latent_adapter.safetensors and .json.
+        `state_dict` is given where the parameters themselves are split over ranks."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
         self.tokenizer.save_pretrained(directory)
@@ -264,7 +278,8 @@ class LatentActor(nn.Module):
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False, chat_template_kwargs=None,
              check=True):
-        """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval mode."""
+        """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval
+        mode."""
         info, adapter = read_info(directory), None
         lm = load_lm(directory, dtype, device, trust_remote_code, check)
         tokenizer = load_tokenizer(directory, trust_remote_code,
@@ -277,7 +292,8 @@ class LatentActor(nn.Module):
 
 
 def read_info(directory):
-    """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is not what `save` writes."""
+    """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is not what `save`
+    writes."""
     path = os.path.join(directory, "latent_adapter.json")
     info = read_json(path) if os.path.exists(path) else {}
     if isinstance(info, dict) and info.get("message") == "latent":
@@ -291,7 +307,8 @@ def read_info(directory):
 
 
 def load_part(module, path):
-    """Load a file of `save`: all parameters of a module but those of its `lm`. Raises UserError if they do not fit."""
+    """Load a file of `save`: all parameters of a module but those of its `lm`. Raises UserError if they
+    do not fit."""
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
         missing = [name for name in missing if not name.startswith("lm.")]
@@ -308,14 +325,16 @@ def part_of(state_dict, prefix):
 
 
 def add_markers(tokenizer):
-    """Make <bop> and <eop> single tokens -> the ids that are new (none if the tokenizer has them already)."""
+    """Make <bop> and <eop> single tokens -> the ids that are new (none if the tokenizer has them
+    already)."""
     new = [token for token in (BOP, EOP) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([BOP, EOP], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(new)
 
 
 def init_markers(lm, new_ids):
-    """Give new tokens the mean of the tables, in and out; a table grows only if it must (Qwen's has spare places)."""
+    """Give new tokens the mean of the tables, in and out; a table grows only if it must (Qwen's has
+    spare places)."""
     if not new_ids:
         return
     if max(new_ids) >= lm.get_input_embeddings().weight.shape[0]:
@@ -325,12 +344,13 @@ def init_markers(lm, new_ids):
         table[new_ids] = table[:min(new_ids)].mean(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 5. Latent sender (paper, section on compression)
 
 class LatentSender(nn.Module):
-    """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned start vector,
-    each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and starting at the identity."""
+    """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned
+    start vector, each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and
+    starting at the identity."""
 
     def __init__(self, lm):
         super().__init__()
@@ -342,9 +362,11 @@ class LatentSender(nn.Module):
         nn.init.eye_(self.bridge.weight)
 
     def forward(self, input_ids, attention_mask, steps):
-        """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow through all steps:
-        the KV cache is part of the graph (so no gradient checkpointing of the student, which drops the cache)."""
-        # the mask grows with the cache: with a mask of length 1 the latents would see one prompt token only
+        """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow
+        through all steps: the KV cache is part of the graph (so no gradient checkpointing of the
+        student, which drops the cache)."""
+        # the mask grows with the cache: with a mask of length 1 the latents would see one prompt token
+        # only
         attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (B, T + 1)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, D)
@@ -377,12 +399,13 @@ class LatentSender(nn.Module):
         return sender.to(device, DTYPES[dtype]).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 6. Messages on disk
 
 def write_shard(path, latents, records, sender):
-    """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan, plan_token_ids, ...}},
-    sender {model, hidden_size, ...}. Atomic: the name appears only when every byte is on disk."""
+    """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan,
+    plan_token_ids, ...}}, sender {model, hidden_size, ...}. Atomic: the name appears only when every
+    byte is on disk."""
     metadata = {"records": json.dumps(records), "sender": json.dumps(sender)}
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file:  # save_file has a temporary name of its own, which a kill would leave behind
@@ -390,9 +413,11 @@ def write_shard(path, latents, records, sender):
 
 
 class LatentShards:
-    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one message, (L, d_s).
+    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one
+    message, (L, d_s).
 
-    Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a missing id."""
+    Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a
+    missing id."""
 
     def __init__(self, directory):
         self.directory, self.sender, self.files = directory, None, {}
@@ -438,7 +463,8 @@ class LatentShards:
         return task_id in self.shard_of
 
     def __getitem__(self, task_id):
-        """The message of one task, (L, d_s) in the stored dtype. Raises UserError for an unknown id and for NaN."""
+        """The message of one task, (L, d_s) in the stored dtype. Raises UserError for an unknown id and
+        for NaN."""
         if task_id not in self.shard_of:
             raise UserError(f"{self.directory} has no message for id {task_id}: run collect.py on this task first")
         path = self.shard_of[task_id]
@@ -470,7 +496,7 @@ def open_shards(directory):
     return shards
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # 7. Hugging Face: what we ask of a model and its tokenizer
 
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
@@ -499,9 +525,11 @@ def context_length(config):
 
 
 def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
-    """The model's tokenizer; `chat_template_kwargs` goes into every use of its template. Raises UserError."""
+    """The model's tokenizer; `chat_template_kwargs` goes into every use of its template. Raises
+    UserError."""
     try:
-        # a tokenizer saved without a family is loaded as it was saved: AutoTokenizer would take the model's family's
+        # a tokenizer saved without a family is loaded as it was saved: AutoTokenizer would take the
+        # model's family's
         generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
         loader = PreTrainedTokenizerFast if generic else AutoTokenizer
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -512,8 +540,9 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
 
 
 def template_text(tokenizer, messages, add_generation_prompt):
-    """The tokenizer's chat template, rendered. A clock in it always shows the same day, or a collection that goes on
-    tomorrow would ask another prompt. Raises UserError without a template, else whatever the template raises."""
+    """The tokenizer's chat template, rendered. A clock in it always shows the same day, or a collection
+    that goes on tomorrow would ask another prompt. Raises UserError without a template, else whatever
+    the template raises."""
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
                         f"set tokenizer.chat_template and save it")
@@ -523,7 +552,8 @@ def template_text(tokenizer, messages, add_generation_prompt):
 
 
 def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
-    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises UserError."""
+    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises
+    UserError."""
     load_config(path, trust_remote_code)
     try:
         lm = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
@@ -532,9 +562,16 @@ def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=Tru
     return lm.to(device).eval()
 
 
+def decoder_layers(lm):
+    """The list of decoder layers, whatever the family calls it: what FSDP2 and --compile take one at a
+    time."""
+    lists = [module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
 def word_embeddings(lm, most=4096):
-    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The module and not its
-    table: Gemma's multiplies by sqrt(D)."""
+    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The
+    module and not its table: Gemma's multiplies by sqrt(D)."""
     table = lm.get_input_embeddings()
     ids = torch.arange(0, table.weight.shape[0], max(1, table.weight.shape[0] // most), device=table.weight.device)
     with torch.no_grad():
@@ -554,8 +591,8 @@ class StatesAsDecoder(nn.Module):
 
 
 def lm_logits(lm, hidden_states):
-    """Post-norm states (..., D) -> logits (..., V), fp32, by all that the family's code does after its decoder: the head,
-    Gemma's soft cap, Granite's and Cohere's scales."""
+    """Post-norm states (..., D) -> logits (..., V), fp32, by all that the family's code does after its
+    decoder: the head, Gemma's soft cap, Granite's and Cohere's scales."""
     head_only = copy.copy(lm)  # shares all parameters
     head_only._modules = {**lm._modules, lm.base_model_prefix: StatesAsDecoder()}
     shape = hidden_states.shape
@@ -577,8 +614,8 @@ def left_pad(prompts, device="cpu"):
 
 
 def next_tokens(logits, uniforms=None):
-    """Each prompt's likeliest token, or one drawn with its number in [0, 1) by inverting the CDF, so that a prompt says
-    the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
+    """Each prompt's likeliest token, or one drawn with its number in [0, 1) by inverting the CDF, so
+    that a prompt says the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
     if uniforms is None:
         return logits.argmax(-1)
     cdf = logits.double().softmax(-1).cumsum(-1)  # (b, V)

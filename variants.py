@@ -258,9 +258,9 @@ def message_sample(actor, messages, n, tasks, seed, variant, shards=None, keep=1
         plan_ids = plan_ids_for(actor.tokenizer, record["plan"], record["plan_token_ids"])
         return build_sample(before, after, [-100] * len(after), plan_ids=plan_ids, ratio=1.0)
     if variant == "cross_task":
-        # a task without a message is given this task's text, so that it never counts as another one
-        texts = [task["task"] if task["id"] in shards else tasks[n]["task"] for task in tasks]
-        other = another_task(n, texts, "cross_task", seed, task_id)
+        texts = [task["task"] for task in tasks]
+        with_message = [i for i, task in enumerate(tasks) if task["id"] in shards]
+        other = another_task(n, texts, with_message, "cross_task", seed, task_id)
         latents = shards[tasks[other]["id"]]
     elif variant in PERTURBATIONS:
         latents = perturb(variant, shards[task_id], seed, task_id)
