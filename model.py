@@ -13,11 +13,11 @@ states H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input
     6. messages       latent shards on disk
     7. Hugging Face   what we ask of a model and its tokenizer: load, template, logits, cache
 """
-import copy
 import datetime
 import json
 import math
 import os
+import re
 
 import torch
 import torch.nn as nn
@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
+                          PreTrainedModel, PreTrainedTokenizerFast)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
 
@@ -247,9 +248,8 @@ class LatentActor(nn.Module):
 
     def hidden_states(self, batch):
         """Last-layer states at supervised positions -> (N, D), labels (N,)."""
-        output = self.lm.get_decoder()(inputs_embeds=self.embed(batch), attention_mask=batch["attention_mask"],
-                                       use_cache=False)
-        return supervised(output.last_hidden_state, batch["labels"])
+        states = decoder_states(self.lm, self.embed(batch), batch["attention_mask"])  # (B, T, D)
+        return supervised(states, batch["labels"])
 
     def forward(self, batch, plan_batch=None, other_batch=None):
         """The terms of `actor_loss`, summed over supervised positions -> {name: scalar}.
@@ -365,21 +365,15 @@ class LatentSender(nn.Module):
         """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow
         through all steps: the KV cache is part of the graph (so no gradient checkpointing of the
         student, which drops the cache)."""
-        # the mask grows with the cache: with a mask of length 1 the latents would see one prompt token
-        # only
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (B, T + 1)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, D)
         start = self.start.to(embeds.dtype).expand(len(embeds), 1, -1)
         embeds = torch.cat([embeds, start], dim=1)  # (B, T + 1, D)
         cache, latents = new_cache(self.lm), []
         for _ in range(steps):
-            output = self.lm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True,
-                                           position_ids=position_ids, cache=cache)
-            latents.append(output.last_hidden_state[:, -1:])  # (B, 1, D)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)  # grows with the cache
+            states = decoder_states(self.lm, embeds, attention_mask, cache)
+            latents.append(states[:, -1:])  # (B, 1, D)
             embeds = self.bridge(self.norm(latents[-1])).to(embeds.dtype)
-            attention_mask = F.pad(attention_mask, (0, 1), value=1)
-            position_ids = position_ids[:, -1:] + 1
         return torch.cat(latents, dim=1)
 
     def save(self, directory, state_dict=None):
@@ -520,8 +514,15 @@ def load_config(path, trust_remote_code=False):
 
 
 def context_length(config):
-    """The longest sequence that the model was made for, in tokens."""
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    """How many positions a model reads; 2**31 where nothing bounds them. RoPE schemes that change with
+    the longest sample of a batch (longrope, dynamic) are the same for all only up to their original
+    length."""
+    length = getattr(config, "max_position_embeddings", None) or 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scheme in (rope, *rope.values()):  # one scheme, or one for each type of layer
+        if isinstance(scheme, dict) and scheme.get("rope_type") in ("longrope", "dynamic"):
+            length = min(length, scheme.get("original_max_position_embeddings") or length)
+    return length
 
 
 def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
@@ -552,30 +553,40 @@ def template_text(tokenizer, messages, add_generation_prompt):
 
 
 def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
-    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises
-    UserError."""
-    load_config(path, trust_remote_code)
+    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises UserError:
+    no model there, a package missing, or (with `check`) a family whose answers would be wrong."""
+    config = load_config(path, trust_remote_code)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        lm = AutoModelForCausalLM.from_pretrained(path, config=without_dropout(config), dtype=DTYPES[dtype],
+                                                  trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
-    return lm.to(device).eval()
+    lm = lm.to(device).eval()
+    if check:
+        self_check(lm)
+    return lm
 
 
-def decoder_layers(lm):
-    """The list of decoder layers, whatever the family calls it: what FSDP2 and --compile take one at a
-    time."""
-    lists = [module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+def without_dropout(config):
+    """Sets every dropout and jitter of the model itself to 0, nested configs too: with them a loss
+    depends on how samples are batched. The adapter's dropout stays."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif isinstance(value, float) and re.search("drop|jitter", name):
+            setattr(config, name, 0.0)
+    return config
 
 
 def word_embeddings(lm, most=4096):
-    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The
-    module and not its table: Gemma's multiplies by sqrt(D)."""
-    table = lm.get_input_embeddings()
-    ids = torch.arange(0, table.weight.shape[0], max(1, table.weight.shape[0] // most), device=table.weight.device)
+    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The module
+    and not its table: Gemma's multiplies by sqrt(D)."""
+    module = lm.get_input_embeddings()
+    V = module.weight.shape[0]
+    ids = torch.arange(0, V, max(1, V // most), device=module.weight.device)
     with torch.no_grad():
-        return table(ids).float()
+        return module(ids[None])[0].float()
 
 
 def embedding_rms(lm):
@@ -583,27 +594,191 @@ def embedding_rms(lm):
     return word_embeddings(lm).pow(2).mean().sqrt().item()
 
 
-class StatesAsDecoder(nn.Module):
-    """Stands where a causal LM has its decoder, and gives back what it is given: final states."""
+# ---- input embeddings -> states -> logits: the three ways in which every script runs a model
 
-    def forward(self, inputs_embeds=None, **kwargs):
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+def decoder_of(lm):
+    """The module between the input embeddings and the output head: lm.get_decoder() but for the few
+    families where that is the whole model (Llama-4's text model)."""
+    decoder = lm.get_decoder()
+    if decoder is not lm and isinstance(decoder, PreTrainedModel):
+        return decoder
+    return next((child for child in lm.children() if isinstance(child, PreTrainedModel)), decoder)
 
 
-def lm_logits(lm, hidden_states):
-    """Post-norm states (..., D) -> logits (..., V), fp32, by all that the family's code does after its
-    decoder: the head, Gemma's soft cap, Granite's and Cohere's scales."""
-    head_only = copy.copy(lm)  # shares all parameters
-    head_only._modules = {**lm._modules, lm.base_model_prefix: StatesAsDecoder()}
-    shape = hidden_states.shape
-    logits = head_only(inputs_embeds=hidden_states.reshape(1, -1, shape[-1])).logits.float()
-    return logits.view(*shape[:-1], -1)
+def decoder_layers(lm):
+    """The ModuleList of decoder layers, whatever the family calls it: what FSDP2 and --compile take one
+    at a time. Raises UserError if there is none."""
+    size = lm.config.get_text_config().num_hidden_layers
+    for module in decoder_of(lm).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == size:
+            return module
+    raise UserError(f"{type(lm).__name__} has no list of {size} layers: leave --fsdp and --compile false")
 
 
 def new_cache(lm):
-    """An empty cache of the kind that the model's family needs."""
-    return DynamicCache(config=lm.config.get_text_config(decoder=True))
+    """The empty cache that transformers makes for the family: windows, recurrent states. When some
+    samples are finished, `cache.reorder_cache(index)` keeps the others."""
+    return DynamicCache(config=lm.config)
 
+
+def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
+    """Last hidden states (B, T, D), after the final norm, at T new positions.
+
+    attention_mask (B, past + T) covers what is cached as well: with a mask of T columns the new positions
+    would not see the prompt (a defect of the released collector). Position ids skip what is masked:
+
+        attention_mask 0 0 1 1 1  ->  position_ids 0 0 0 1 2"""
+    T = inputs_embeds.shape[1]
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
+    output = decoder_of(lm)(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                            position_ids=position_ids, cache=cache, use_cache=cache is not None)
+    return output.last_hidden_state
+
+
+class GivenStates(nn.Module):
+    """Stands in for a decoder: its last hidden states are what it is given as input embeddings."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.__dict__["decoder"] = decoder  # past nn.Module's bookkeeping: it is no submodule of this one
+
+    def __getattr__(self, name):  # Falcon-H1 keeps the scale of its logits in its decoder
+        return getattr(self.__dict__["decoder"], name)
+
+    def forward(self, *args, inputs_embeds=None, **kwargs):
+        return GivenOutput(last_hidden_state=inputs_embeds)
+
+
+class GivenOutput(BaseModelOutputWithPast):
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None  # what else a decoder puts out (router logits, ...) is not needed for logits
+
+
+def shallow_copy(module):
+    """Another module object that holds the same parameters and submodules."""
+    twin = object.__new__(type(module))
+    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
+    return twin
+
+
+def without_decoder(lm):
+    """A shallow copy of `lm` with GivenStates in its decoder's place; None where the decoder is no module
+    inside it. The head is the same object in both, so this follows an FSDP2 gather or a cast."""
+    decoder = decoder_of(lm)
+    name = next(name for name, module in lm.named_modules() if module is decoder)
+    if not name:
+        return None
+    top = parent = shallow_copy(lm)
+    *path, last = name.split(".")  # OPT's is "model.decoder": every module on the way is copied as well
+    for step in path:
+        parent._modules[step] = shallow_copy(parent._modules[step])
+        parent = parent._modules[step]
+    parent._modules[last] = GivenStates(decoder)
+    return top
+
+
+def lm_logits(lm, hidden_states):
+    """Last hidden states (..., D) -> logits (..., V), fp32, by the family's code after its decoder:
+    the head, Gemma-2's cap, the scales of Cohere, Granite and MiniCPM3."""
+    head = without_decoder(lm)
+    if head is None:
+        return lm.get_output_embeddings()(hidden_states).float()
+    # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
+    flat = hidden_states.reshape(1, -1, hidden_states.shape[-1])  # (1, N, D)
+    logits = head.forward(inputs_embeds=flat, use_cache=False).logits
+    return logits[0].unflatten(0, hidden_states.shape[:-1]).float()
+
+
+# ---- can this model be used?
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # rounding: a tenth of it
+
+
+def distance(states, expected):
+    """Mean over positions of |a - b| / |b|: what is wrong is far beyond what rounding does."""
+    if states.shape != expected.shape:
+        raise ValueError(f"found {tuple(states.shape)}, expected {tuple(expected.shape)}")
+    difference = (states - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)  # (1, T)
+    return difference.mean().item()
+
+
+@torch.inference_mode()
+def self_check(lm):
+    """Try on two short samples what the scripts do with a model. Raises UserError in one line that says
+    what this one does not do. No family is named here: any that passes is as good as another."""
+    V, P = lm.get_input_embeddings().weight.shape[0], 16
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(V // 4, V // 2, (2, P + 9), generator=generator)  # few control tokens, no spare ones
+    mask = torch.ones_like(ids)
+    ids[1, :P] = mask[1, :P] = 0  # the second sample is padded on the left
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    alone = {"input_ids": ids[1:, P:], "attention_mask": mask[1:, P:], "use_cache": False}  # (1, 9)
+
+    def head():
+        return lm_logits(lm, states), lm(**alone).logits
+
+    def embedded():
+        return decoder_states(lm, embeds[1:, P:], mask[1:, P:]), states
+
+    def padded():
+        return decoder_states(lm, embeds, mask)[1:, P:], states
+
+    def decoded():
+        cache, T = new_cache(lm), P + 6
+        parts = [decoder_states(lm, embeds[:, :T], mask[:, :T], cache)[1:, -1:]]  # both prompts
+        cache.reorder_cache(torch.tensor([1], device=lm.device))  # the first sample is finished
+        for t in range(T, P + 9):
+            parts.append(decoder_states(lm, embeds[1:, t:t + 1], mask[1:, :t + 1], cache))
+        return torch.cat(parts, dim=1), states[:, 5:]  # (1, 4, D)
+
+    what = "its decoder can be run by itself"
+    checks = {"its logits follow from its last hidden states": head,
+              "input embeddings say what their ids say": embedded,
+              "a sample padded on the left says what it says alone": padded,
+              "decoding with a cache gives the states of one pass": decoded}
+    try:
+        states = decoder_of(lm)(**alone).last_hidden_state  # (1, 9, D)
+        embeds = lm.get_input_embeddings()(ids)  # (2, P + 9, D)
+        for what, check in checks.items():
+            error = distance(*check())
+            if not error < TOLERANCE[lm.dtype]:
+                raise ValueError(f"off by {error:.0e}")
+    except Exception as error:  # whatever a family's code raises when asked for what it does not do
+        name = lm.name_or_path or type(lm).__name__
+        raise UserError(f"{name} cannot be used: it does not hold that {what} ({first_line(error)}); "
+                        "--self_check false runs it all the same") from None
+
+
+@torch.inference_mode()
+def holes_allowed(lm, length=2**31):
+    """True if a later turn may be read into the cache of the earlier ones while samples of a batch wait
+    for each other: masked columns in the middle, which position ids skip. False where a family counts
+    columns (MPT's alibi, sliding windows shorter than `length`), keeps a recurrent state, or reads no
+    second turn."""
+    layers = new_cache(lm).layers
+    windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+    if min(windows, default=length) < length:
+        return False
+    V, generator = lm.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    ids = torch.randint(V // 4, V // 2, (1, 10), generator=generator).to(lm.device)
+    embeds = lm.get_input_embeddings()(ids)  # (1, 10, D)
+    hole = embeds[:, :1].expand(-1, 32, -1)  # 32 columns between the first turn, [0, 5), and the second
+    holed = torch.cat([embeds[:, :5], hole, embeds[:, 5:]], dim=1)  # (1, 42, D)
+    mask = torch.ones(1, 42, dtype=torch.long, device=lm.device)
+    mask[0, 5:37] = 0
+    try:
+        cache, parts = new_cache(lm), []
+        for start, end in ((0, 5), (5, 40), (40, 41), (41, 42)):
+            parts.append(decoder_states(lm, holed[:, start:end], mask[:, :end], cache))
+        expected = decoder_states(lm, embeds, torch.ones_like(ids))
+        return distance(torch.cat(parts, dim=1)[:, 37:], expected[:, 5:]) < TOLERANCE[lm.dtype]
+    except Exception:  # whatever a family raises that reads no second turn
+        return False
+
+
+# ---- prompts and tokens
 
 def left_pad(prompts, device="cpu"):
     """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
