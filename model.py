@@ -14,6 +14,7 @@ states H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input
     7. Hugging Face   what we ask of a model and its tokenizer: load, template, logits, cache
 """
 import datetime
+import glob
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
                           PreTrainedModel, PreTrainedTokenizerFast)
@@ -102,42 +104,51 @@ def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
     latent message that evaluation uses. Where sender and actor split the plan differently, each part is
     cut at its share of its length. No plan and no latents: no message."""
     L = 0 if latents is None else len(latents)
-    skip = math.floor(ratio * L + 1e-9)  # 0.7 * 10 is a little more than 7, and other products a little less
-    plan = list(plan_ids[:math.floor(ratio * len(plan_ids) + 1e-9)])
-    room_for_latents = [0] * (L - skip)  # any id: latents take these places in `LatentActor.embed`
-    return {"input_ids": before + plan + room_for_latents + after,
-            "labels": [-100] * (len(before) + len(plan) + L - skip) + labels,
-            "message_start": len(before) + len(plan), "message_length": len(plan) + L - skip,
-            "latents": latents, "skip": skip}
+    skip = share_of(ratio, L)
+    plan = list(plan_ids)[:share_of(ratio, len(plan_ids))]
+    message = plan + [0] * (L - skip)  # any id: latents take these places in `LatentActor.embed`
+    return {"input_ids": before + message + after,
+            "labels": [-100] * len(before + message) + labels,
+            "message_start": len(before) + len(plan),
+            "message_length": len(message),
+            "latents": latents,
+            "skip": skip}
+
+
+def share_of(ratio, length):
+    """floor(ratio * length), where 0.7 * 10 may be a little more than 7 and other products a little
+    less."""
+    return math.floor(ratio * length + 1e-9)
 
 
 def collate(samples, device="cpu", padding_side="right"):
     """Samples -> input_ids, attention_mask, labels, message_mask (B, T) and, where some sample has
     latents, latents (B, L, d_s), latents_mask (B, L) of those that are real and keep_mask (B, L) of
-    those that are inserted."""
-    B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
-    batch = {"input_ids": torch.zeros(B, T, dtype=torch.long),
-             "attention_mask": torch.zeros(B, T, dtype=torch.long),
-             "labels": torch.full((B, T), -100),
-             "message_mask": torch.zeros(B, T, dtype=torch.bool)}
-    lengths = [0 if sample["latents"] is None else len(sample["latents"]) for sample in samples]
-    if max(lengths) > 0:
-        dim = next(sample["latents"].shape[1] for sample in samples if sample["latents"] is not None)
-        batch["latents"] = torch.zeros(B, max(lengths), dim)
-        batch["latents_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
-        batch["keep_mask"] = torch.zeros(B, max(lengths), dtype=torch.bool)
-    for b, (sample, L) in enumerate(zip(samples, lengths)):
+    those inserted."""
+    batch = {"input_ids": [], "attention_mask": [], "labels": [], "message_mask": []}
+    for sample in samples:
         t = len(sample["input_ids"])
-        start = T - t if padding_side == "left" else 0
-        batch["input_ids"][b, start:start + t] = torch.tensor(sample["input_ids"])
-        batch["attention_mask"][b, start:start + t] = 1
-        batch["labels"][b, start:start + t] = torch.tensor(sample["labels"])
-        if L:
-            first = start + sample["message_start"]
-            batch["message_mask"][b, first:first + L - sample["skip"]] = True
-            batch["latents"][b, :L] = sample["latents"].float()
-            batch["latents_mask"][b, :L] = True
-            batch["keep_mask"][b, sample["skip"]:L] = True
+        first = sample["message_start"]
+        message_mask = torch.zeros(t, dtype=torch.bool)
+        if sample["latents"] is not None:
+            message_mask[first:first + len(sample["latents"]) - sample["skip"]] = True
+        batch["input_ids"].append(torch.tensor(sample["input_ids"]))
+        batch["attention_mask"].append(torch.ones(t, dtype=torch.long))
+        batch["labels"].append(torch.tensor(sample["labels"]))
+        batch["message_mask"].append(message_mask)
+    fill = {"labels": -100}  # elsewhere 0
+    batch = {name: pad_sequence(tensors, batch_first=True, padding_value=fill.get(name, 0),
+                                padding_side=padding_side) for name, tensors in batch.items()}
+    with_latents = [sample["latents"] for sample in samples if sample["latents"] is not None]
+    if with_latents:
+        none = with_latents[0][:0]  # (0, d_s): a sample without latents beside others that have some
+        latents = [none if sample["latents"] is None else sample["latents"] for sample in samples]
+        lengths = torch.tensor([len(states) for states in latents])[:, None]  # (B, 1)
+        skips = torch.tensor([sample["skip"] for sample in samples])[:, None]  # (B, 1)
+        positions = torch.arange(lengths.max())  # (L,)
+        batch["latents"] = pad_sequence([states.float() for states in latents], batch_first=True)
+        batch["latents_mask"] = positions < lengths
+        batch["keep_mask"] = (positions < lengths) & (positions >= skips)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -149,8 +160,9 @@ def supervised(hidden_states, labels):
     auxiliary losses.
 
     (B, T, D), (B, T) -> (N, D), (N,). The released code forgets this shift in the auxiliary losses."""
-    mask = labels[:, 1:] != -100
-    return hidden_states[:, :-1][mask], labels[:, 1:][mask]
+    next_labels = labels[:, 1:]  # (B, T - 1)
+    mask = next_labels != -100
+    return hidden_states[:, :-1][mask], next_labels[mask]
 
 
 def kl_divergence(log_q, log_p):
@@ -201,18 +213,21 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     chunk's logits are made again in the backward pass, one more product with the head. Small chunks pay
     for summing the table's gradient, large ones for fresh memory: 2^22 logits were fastest on two CPU
     cores."""
-    n = max(1, chunk_logits // lm.get_input_embeddings().weight.shape[0])
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    n = max(1, chunk_logits // vocabulary)
 
-    def chunk_terms(states, targets):
+    def chunk_terms(states, chunk_targets):
         logits = {name: lm_logits(lm, h) for name, h in states.items()}
-        return {name: term.sum() for name, term in loss_fn(logits, targets).items()}
+        terms = loss_fn(logits, chunk_targets)
+        return {name: term.sum() for name, term in terms.items()}
 
     totals = {}
     for start in range(0, len(targets["labels"]), n):
-        part = slice(start, start + n)
-        chunk = [{name: tensor[part] for name, tensor in tensors.items()} for tensors in (hidden_states, targets)]
-        terms = checkpoint(chunk_terms, *chunk, use_reentrant=False, preserve_rng_state=False)
-        totals = {name: totals.get(name, 0) + term for name, term in terms.items()}
+        states = {name: h[start:start + n] for name, h in hidden_states.items()}
+        chunk_targets = {name: values[start:start + n] for name, values in targets.items()}
+        terms = checkpoint(chunk_terms, states, chunk_targets, use_reentrant=False, preserve_rng_state=False)
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0) + term
     return totals
 
 
@@ -320,8 +335,11 @@ def load_part(module, path):
 
 def part_of(state_dict, prefix):
     """The tensors of one submodule, under the names that it gives them, on the CPU."""
-    return {name[len(prefix):]: tensor.cpu().contiguous() for name, tensor in state_dict.items()
-            if name.startswith(prefix)}
+    part = {}
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix):
+            part[name.removeprefix(prefix)] = tensor.cpu().contiguous()
+    return part
 
 
 def add_markers(tokenizer):
@@ -355,9 +373,11 @@ class LatentSender(nn.Module):
     def __init__(self, lm):
         super().__init__()
         words = word_embeddings(lm)  # (n, D)
-        self.lm, dim = lm, words.shape[1]
+        dim = words.shape[1]
+        self.lm = lm
         self.start = nn.Parameter(words.mean(0))
-        self.norm, self.bridge = nn.LayerNorm(dim), nn.Linear(dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.bridge = nn.Linear(dim, dim, bias=False)
         nn.init.constant_(self.norm.weight, embedding_rms(lm))  # a thought enters as loud as a word
         nn.init.eye_(self.bridge.weight)
 
@@ -380,8 +400,8 @@ class LatentSender(nn.Module):
         """The student directory: what save_pretrained writes, plus latent_bridge.safetensors."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         self.lm.save_pretrained(directory, state_dict=part_of(state_dict, "lm."))
-        bridge = {name: tensor for name, tensor in state_dict.items() if not name.startswith("lm.")}
-        save_file(part_of(bridge, ""), os.path.join(directory, "latent_bridge.safetensors"))
+        bridge = {name: state_dict[name].cpu() for name in state_dict if not name.startswith("lm.")}
+        save_file(bridge, os.path.join(directory, "latent_bridge.safetensors"))
 
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
@@ -401,9 +421,10 @@ def write_shard(path, latents, records, sender):
     plan_token_ids, ...}}, sender {model, hidden_size, ...}. Atomic: the name appears only when every
     byte is on disk."""
     metadata = {"records": json.dumps(records), "sender": json.dumps(sender)}
+    tensors = {task_id: states.contiguous() for task_id, states in latents.items()}
     with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:  # save_file has a temporary name of its own, which a kill would leave behind
-            file.write(save({task_id: states.contiguous() for task_id, states in latents.items()}, metadata))
+        with open(temporary, "wb") as file:  # save_file's temporary name would stay after a kill
+            file.write(save(tensors, metadata))
 
 
 class LatentShards:
@@ -414,37 +435,42 @@ class LatentShards:
     missing id."""
 
     def __init__(self, directory):
-        self.directory, self.sender, self.files = directory, None, {}
-        self.shard_of, self.records, self.lengths = {}, {}, {}
-        names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
-        for name in names:
-            if name.endswith(".safetensors"):
-                self.add(os.path.join(directory, name))
+        self.directory = directory
+        self.sender = None  # {"model", "hidden_size", ...}: one for all
+        self.files = {}  # path -> opened shard
+        self.shard_of, self.records, self.lengths = {}, {}, {}  # by task id
+        for path in sorted(glob.glob(os.path.join(glob.escape(directory), "*.safetensors"))):
+            self.add(path)
 
     def add(self, path):
-        """Read the header of one shard."""
+        """Read the header of one shard. Raises UserError if it does not fit the shards before it."""
         try:
-            self.files[path] = safe_open(path, framework="pt")  # finds a file that was cut, or grew
-            metadata = self.files[path].metadata()
-            records, sender = json.loads(metadata["records"]), json.loads(metadata["sender"])
+            file = safe_open(path, framework="pt")  # finds a file that was cut, or grew
+            metadata = file.metadata()
+            records = json.loads(metadata["records"])
+            sender = json.loads(metadata["sender"])
             width = sender["hidden_size"]
-            shapes = {task_id: self.files[path].get_slice(task_id).get_shape() for task_id in records}
+            shapes = {task_id: file.get_slice(task_id).get_shape() for task_id in records}
             check_records(records)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py again, which "
-                            f"collects only what is missing") from None
-        if self.sender is not None and sender != self.sender:
-            differ = [k for k in {**sender, **self.sender} if sender.get(k) != self.sender.get(k)]
-            raise UserError(f"{self.directory} mixes senders: {os.path.basename(path)} differs from the first shard in "
-                            f"{', '.join(differ)}; keep one sender per directory")
-        self.sender = sender
+            raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py "
+                            "again, which collects only what is missing") from None
+        if self.sender is None:
+            self.sender = sender
+        differ = [key for key in sender | self.sender if sender.get(key) != self.sender.get(key)]
+        if differ:
+            raise UserError(f"{self.directory} mixes senders: {os.path.basename(path)} differs from the first "
+                            f"shard in {', '.join(differ)}; keep one sender per directory")
         for task_id, shape in shapes.items():
             if len(shape) != 2 or shape[1] != width:
-                raise UserError(f"{path}: id {task_id}: expected a tensor (L, {width}), found {shape}: delete the shard")
+                raise UserError(f"{path}: id {task_id}: expected a tensor (L, {width}), found {shape}: delete "
+                                "the shard and collect again")
             if task_id in self.shard_of:
-                raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of the shards")
-            self.shard_of[task_id], self.lengths[task_id] = path, shape[0]
+                raise UserError(f"{path}: id {task_id} is also in {self.shard_of[task_id]}: delete one of them")
+            self.shard_of[task_id] = path
+            self.lengths[task_id] = shape[0]
         self.records |= records
+        self.files[path] = file
 
     @property
     def hidden_size(self):
@@ -782,10 +808,10 @@ def holes_allowed(lm, length=2**31):
 
 def left_pad(prompts, device="cpu"):
     """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
-    T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    masks = [torch.ones_like(prompt) for prompt in ids]
+    padded = [pad_sequence(tensors, batch_first=True, padding_side="left") for tensors in (ids, masks)]
+    return padded[0].to(device), padded[1].to(device)
 
 
 def next_tokens(logits, uniforms=None):
@@ -793,6 +819,8 @@ def next_tokens(logits, uniforms=None):
     that a prompt says the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
     if uniforms is None:
         return logits.argmax(-1)
-    cdf = logits.double().softmax(-1).cumsum(-1)  # (b, V)
-    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
-    return drawn.squeeze(1).clamp(max=cdf.shape[1] - 1)
+    probabilities = logits.double().softmax(-1)  # (b, V)
+    cdf = probabilities.cumsum(-1)
+    heights = uniforms[:, None] * cdf[:, -1:]  # (b, 1)
+    drawn = torch.searchsorted(cdf, heights, right=True).squeeze(1)
+    return drawn.clamp(max=cdf.shape[1] - 1)
