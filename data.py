@@ -45,17 +45,12 @@ def to_messages(record, task_turn=0, where="conversation"):
     turns = record.get("conversations", record.get("messages"))
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
-    messages = []
+    messages = [read_turn(turn, where) for turn in turns]
     if record.get("system"):
-        messages.append({"role": "system", "content": str(record["system"]).strip()})
-    for turn in turns:
-        check_turn(turn, where)
-        role, text = ROLES[turn.get("from", turn.get("role"))], turn.get("value", turn.get("content"))
-        # many templates trim, so everything is trimmed: training and evaluation then agree under any
-        # template
-        messages.append({"role": role, "content": text.strip()})
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    messages = messages[len(system):]
+        messages.insert(0, {"role": "system", "content": str(record["system"]).strip()})
+    system = []
+    if messages[0]["role"] == "system":
+        system = [messages.pop(0)]
     if task_turn:
         check_task_turn(messages, task_turn, where)
         text = messages[0]["content"] + "\n\n" + messages[task_turn]["content"]
@@ -65,28 +60,38 @@ def to_messages(record, task_turn=0, where="conversation"):
     return system + messages
 
 
-def check_turn(turn, where):
+def read_turn(turn, where):
+    """{"from", "value"} or {"role", "content"} -> {"role", "content"}. Raises UserError naming
+    `where`."""
     if isinstance(turn, dict):
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        role = turn.get("from", turn.get("role"))
+        text = turn.get("value", turn.get("content"))
         if isinstance(role, str) and role in ROLES and is_text(text):
-            return
+            # many templates trim, so everything is trimmed: training and evaluation agree under any
+            # template
+            return {"role": ROLES[role], "content": text.strip()}
     raise UserError(f"{where}: each turn needs 'from' (one of {', '.join(ROLES)}) and a text 'value', found "
                     f"{str(turn)[:80]}")
 
 
 def check_task_turn(messages, task_turn, where):
     if len(messages) <= task_turn:
-        raise UserError(f"{where}: --task_turn {task_turn}, but the conversation has {len(messages)} turns")
+        raise UserError(f"{where}: --task_turn {task_turn}, but it has {len(messages)} turns")
     for n in (0, task_turn):
         if messages[n]["role"] != "user":
-            raise UserError(f"{where}: --task_turn {task_turn} joins turns 0 and {task_turn}, but turn {n} is not a "
-                            f"human one: count from 0, without a system turn")
+            raise UserError(f"{where}: --task_turn {task_turn} joins turns 0 and {task_turn}, but turn {n} is no "
+                            "human one: count from 0, without a system turn")
 
 
 def text_ids(tokenizer, text):
     """Ids of user-supplied text: a control token spelled inside it ('<bop>', '<|im_end|>') stays plain
     text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def template_ids(tokenizer, text):
+    """Ids of what a template writes: its control tokens are control tokens."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_pieces(tokenizer, pieces):
@@ -99,18 +104,20 @@ def encode_pieces(tokenizer, pieces):
         "[INST] " + "Find x" + " [/INST]"  ->  [INST] ▁Find ▁x ▁ [/INST]  of pieces  0 1 1 2 2
 
     Only where user-supplied text spells a control token is each piece tokenized alone."""
-    supplied_text = "\n".join(text for text, supplied in pieces if supplied)
-    if any(token in supplied_text for token in control_tokens(tokenizer, len(tokenizer))):
+    text = "".join(piece for piece, _ in pieces)
+    supplied = "\n".join(piece for piece, is_supplied in pieces if is_supplied)
+    if spells_control_token(tokenizer, supplied):
         ids, numbers = [], []
-        for n, (text, supplied) in enumerate(pieces):
-            encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=supplied)
-            ids += encoding.input_ids
-            numbers += [n] * len(encoding.input_ids)
+        for n, (piece, is_supplied) in enumerate(pieces):
+            piece_ids = text_ids(tokenizer, piece) if is_supplied else template_ids(tokenizer, piece)
+            ids += piece_ids
+            numbers += [n] * len(piece_ids)
         return ids, numbers
-    encoding = tokenizer("".join(text for text, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
-    ends = np.cumsum([len(text) for text, _ in pieces])
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = np.cumsum([len(piece) for piece, _ in pieces])
     last_characters = [max(end - 1, start) for start, end in encoding.offset_mapping]
-    return encoding.input_ids, np.searchsorted(ends, last_characters, side="right").tolist()
+    numbers = np.searchsorted(ends, last_characters, side="right")
+    return encoding.input_ids, numbers.tolist()
 
 
 def template_pieces(tokenizer, messages, add_generation_prompt, where):
@@ -140,10 +147,16 @@ def control_tokens(tokenizer, n_tokens):
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def spells_control_token(tokenizer, text):
+    return any(token in text for token in control_tokens(tokenizer, len(tokenizer)))
+
+
 def up_to_control_token(tokenizer, text):
     """The start of a text, up to and including its first control token; "" if there is none."""
-    ends = [text.index(token) + len(token) for token in control_tokens(tokenizer, len(tokenizer)) if token in text]
-    return text[:min(ends, default=0)]
+    for end in range(len(text) + 1):
+        if spells_control_token(tokenizer, text[:end]):
+            return text[:end]
+    return ""
 
 
 @functools.lru_cache(maxsize=32)
@@ -158,9 +171,9 @@ def reply_frame(tokenizer, chat_template):
     prompt = template_text(tokenizer, turns[:1], True)
     last = template_pieces(tokenizer, turns[:2], False, where)
     middle = template_pieces(tokenizer, turns, False, where)
-    opening = "".join(last[:3])
-    lead = opening[len(prompt):] if opening.startswith(prompt) else ""
-    return lead, up_to_control_token(tokenizer, middle[4]), up_to_control_token(tokenizer, last[4])
+    opening, after_middle, after_last = "".join(last[:3]), middle[4], last[4]
+    lead = opening.removeprefix(prompt) if opening.startswith(prompt) else ""
+    return lead, up_to_control_token(tokenizer, after_middle), up_to_control_token(tokenizer, after_last)
 
 
 def check_reply_end(tokenizer):
@@ -171,11 +184,15 @@ def check_reply_end(tokenizer):
 
 def stop_ids(tokenizer, lm=None):
     """Every id that ends a reply: wherever a turn ends in a training sample, and the model's own."""
-    ends = reply_frame(tokenizer, tokenizer.chat_template)[1:] if tokenizer.chat_template else []
-    stops = {tokenizer(end, add_special_tokens=False).input_ids[-1] for end in ends if end}
-    generation_eos = lm.generation_config.eos_token_id if lm is not None else None
-    stops |= set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
-    return sorted((stops | {tokenizer.eos_token_id}) - {None})
+    stops = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        _, middle_end, last_end = reply_frame(tokenizer, tokenizer.chat_template)
+        for end in (middle_end, last_end):
+            stops.update(template_ids(tokenizer, end)[-1:])
+    if lm is not None:
+        eos = lm.generation_config.eos_token_id
+        stops.update(eos if isinstance(eos, list) else [eos])
+    return sorted(stops - {None})
 
 
 def final_reply(text):
@@ -192,52 +209,51 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
     of that out. The released code builds the prompts of training and of evaluation in two places, and
     they differ; here every prompt of both is built by this function, turn by turn, as a growing KV
     cache reads it. A third list follows where a `reply` is given: its ids, with its end of turn."""
-    texts = template_pieces(tokenizer, messages, True, where)
     lead, _, end_of_turn = reply_frame(tokenizer, tokenizer.chat_template)
+    texts = template_pieces(tokenizer, messages, True, where)
     texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
     roles = [message["role"] for message in messages]
-    first = 2 * roles.index("user") + 1  # the piece with the first human turn
-    replies = [2 * n + 1 for n, role in enumerate(roles) if role == "assistant"]
+    first_human = 2 * roles.index("user") + 1  # pieces: template, turn 0, template, turn 1, ..., template
+    last_reply = 2 * len(roles) - 2 * roles[::-1].index("assistant") - 1 if "assistant" in roles else -1
     pieces = [(text, n % 2 == 1) for n, text in enumerate(texts)]
     if announcement is not None:
-        pieces[first] = (f"{texts[first]}\n{announcement}", True)
-        pieces[first + 1] = (BOP + EOP + texts[first + 1], False)
+        pieces[first_human] = (f"{texts[first_human]}\n{announcement}", True)
+        pieces[first_human + 1] = (BOP + EOP + texts[first_human + 1], False)
     if reply is not None:
-        pieces += [(lead[len(lead.rstrip(" ")):], False), (reply, True), (end_of_turn, False)]
+        spaces = lead[len(lead.rstrip(" ")):]
+        pieces += [(spaces, False), (reply, True), (end_of_turn, False)]
     ids, numbers = encode_pieces(tokenizer, pieces)
-    start = sum(n <= replies[-1] for n in numbers) if replies else 0
+    # numbers grow from left to right, so a count of those up to a piece is a place in ids
+    start = sum(n <= last_reply for n in numbers)
     end = sum(n < len(texts) for n in numbers)
-    if replies:
-        before, after = [], ids[start:end]
-    elif announcement is None:
-        split = sum(n <= first for n in numbers)
-        before, after = ids[:split], ids[split:end]
-    else:
-        split = ids.index(tokenizer.convert_tokens_to_ids(BOP)) + 1
-        before, after = ids[:split], ids[split:end]
-    return (before, after) if reply is None else (before, after, ids[end:])
+    split = start
+    if last_reply < 0:
+        split = sum(n <= first_human for n in numbers)
+        split += announcement is not None  # <bop>
+    encoded = ids[start:split], ids[split:end]
+    return encoded if reply is None else (*encoded, ids[end:])
 
 
 def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
     """A training sample -> (before, after, labels): the message goes between `before` and `after`;
     labels (for `after`) are the ids of every assistant token including its end of turn, -100 elsewhere.
     No label ever lies in `before`."""
-    before, after, labels = [], [], []
     check_reply_end(tokenizer)
-    ends = reply_frame(tokenizer, tokenizer.chat_template)[1:]
-    middle_end, last_end = (len(tokenizer(end, add_special_tokens=False).input_ids) for end in ends)
+    _, middle_end, last_end = reply_frame(tokenizer, tokenizer.chat_template)
+    n_middle = len(template_ids(tokenizer, middle_end))
+    n_last = len(template_ids(tokenizer, last_end))
+    before, after, labels = [], [], []
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         head, prompt, reply = encode_prompt(tokenizer, messages[:k], announcement, where, message["content"])
+        prompt_labels = [-100] * len(prompt)
         if labels:  # the next prompt opens with the end of the reply before it, as the template writes it there
-            after, labels = after[:-last_end], labels[:-last_end]
-            labels += prompt[:middle_end] + [-100] * (len(prompt) - middle_end)
-        else:
-            labels = [-100] * len(prompt)
+            after, labels = after[:-n_last], labels[:-n_last]
+            prompt_labels[:n_middle] = prompt[:n_middle]
         before += head
         after += prompt + reply
-        labels += reply
+        labels += prompt_labels + reply
     if not labels:
         raise UserError(f"{where}: no assistant turn, nothing to learn from")
     return before, after, labels
@@ -388,38 +404,39 @@ class Conversations:
         self.records = read_json(path)
         check_records(self.records, path)
         self.ids = [str(record["id"]) for record in self.records]
-        self.tasks, self.messages, self.encoded, self.plans = [], [], [], []
+        self.messages = []  # [{"role", "content"}]
+        self.encoded = []  # (before, after, labels)
+        self.plans = []  # ids
+        self.tasks = []  # what tells tasks apart
         self.message_lengths, self.lengths, self.n_labels = [], [], []
-        self.instruction = None  # turn 0 of --task_turn, which opens every game
-        for n in progress(range(len(self.records)), this_rank()[0], desc=f"read {path}", unit="sample", leave=False):
-            record, where = self.records[n], f"{path}: id {self.ids[n]}"
-            messages = to_messages(record, task_turn, where)
-            with_message = announcement if message != "none" else None
-            before, after, labels = encode_conversation(tokenizer, messages, with_message, where)
-            plan_ids, length = [], 0
-            if message != "none":
-                plan_ids = self.plan_ids(n, tokenizer, where)
-                length = self.check_message(n, where) if message == "latent" else len(plan_ids)
-            check_lengths(length, len(before) + max(length, len(plan_ids)) + len(after), max_message, max_length, where)
-            # what the sender was asked tells tasks apart, even where all actors are asked the same
-            first_turn = next(m["content"] for m in messages if m["role"] == "user")
-            self.tasks.append(self.stored(n).get("task") or first_turn)
+        for n in progress(range(len(self.ids)), this_rank()[0], desc=f"read {path}", unit="sample", leave=False):
+            where = f"{path}: id {self.ids[n]}"
+            messages = to_messages(self.records[n], task_turn, where)
+            before, after, labels = encode_conversation(
+                tokenizer, messages, announcement if message != "none" else None, where)
+            plan_ids = self.plan_ids(n, tokenizer, where) if message != "none" else []
+            message_length = self.check_message(n, where) if message == "latent" else len(plan_ids)
+            length = len(before) + max(message_length, len(plan_ids)) + len(after)
+            check_lengths(message_length, length, max_message, max_length, where)
+            # what the sender was asked, where that is known: all actors may be asked the same
+            self.tasks.append(self.stored(n).get("task") or first_human_turn(messages))
             self.messages.append(messages)
             self.encoded.append((before, after, labels))
             self.plans.append(plan_ids)
-            self.message_lengths.append(length)
-            self.lengths.append(len(before) + max(length, len(plan_ids)) + len(after))
-            self.n_labels.append(sum(label != -100 for label in labels))
-        if task_turn:
-            turns = to_messages(self.records[0])
-            self.instruction = next(m["content"] for m in turns if m["role"] == "user")
+            self.message_lengths.append(message_length)
+            self.lengths.append(length)
+            self.n_labels.append(len(labels) - labels.count(-100))
+        # turn 0 of --task_turn opens every game: the actor keeps it
+        self.instruction = first_human_turn(to_messages(self.records[0])) if task_turn else None
 
     def __len__(self):
         return len(self.ids)
 
     def stored(self, n):
         """What the shards hold of sample n: {"task", "plan", "plan_token_ids", ...}, or {}."""
-        return self.shards.records[self.ids[n]] if self.shards is not None and self.ids[n] in self.shards else {}
+        if self.shards is None or self.ids[n] not in self.shards:
+            return {}
+        return self.shards.records[self.ids[n]]
 
     def plan_ids(self, n, tokenizer, where):
         """Ids of the plan of sample n: of its text in the file, or of what the sender wrote."""
@@ -471,9 +488,14 @@ class Conversations:
         source = n if source is None else source
         if message == "none":
             return build_sample(*self.encoded[n])
+        plan_ids = self.plans[source]
         if message == "text":
-            return build_sample(*self.encoded[n], plan_ids=self.plans[source], ratio=1.0)
-        return build_sample(*self.encoded[n], plan_ids=self.plans[source], latents=self.latents(source), ratio=ratio)
+            return build_sample(*self.encoded[n], plan_ids, ratio=1.0)
+        return build_sample(*self.encoded[n], plan_ids, self.latents(source), ratio)
+
+
+def first_human_turn(messages):
+    return next(message["content"] for message in messages if message["role"] == "user")
 
 
 def has_latents(record):
@@ -519,7 +541,8 @@ def check_lengths(message_length, length, max_message, max_length, where):
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, *seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_for("order", *seed))).tolist()
+    generator = torch.Generator().manual_seed(seed_for("order", *seed))
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def global_batch(step, samples, size, seed):
@@ -552,6 +575,7 @@ def another_task(n, tasks, candidates, *seed):
 def split_eval(data, ratio, seed):
     """Positions of training and held-out samples; a sample's side depends on its id, not on the order
     of the file."""
-    by_hash = sorted(range(len(data)), key=lambda n: seed_for("eval", seed, data.ids[n]))
-    held_out = set(by_hash[:round(ratio * len(data))])
-    return [n for n in range(len(data)) if n not in held_out], sorted(held_out)
+    everything = range(len(data))
+    by_hash = sorted(everything, key=lambda n: seed_for("eval", seed, data.ids[n]))
+    size = round(ratio * len(data))
+    return sorted(by_hash[size:]), sorted(by_hash[:size])
