@@ -208,7 +208,7 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
     with the announcement and <bop>, and `after`, which starts with <eop>; announcement None leaves all
     of that out. The released code builds the prompts of training and of evaluation in two places, and
     they differ; here every prompt of both is built by this function, turn by turn, as a growing KV
-    cache reads it. A third list follows where a `reply` is given: its ids, with its end of turn."""
+    cache reads it. Where a `reply` is given, two lists follow: its ids and those of its end of turn."""
     lead, _, end_of_turn = reply_frame(tokenizer, tokenizer.chat_template)
     texts = template_pieces(tokenizer, messages, True, where)
     texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
@@ -230,8 +230,10 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
     if last_reply < 0:
         split = sum(n <= first_human for n in numbers)
         split += announcement is not None  # <bop>
-    encoded = ids[start:split], ids[split:end]
-    return encoded if reply is None else (*encoded, ids[end:])
+    if reply is None:
+        return ids[start:split], ids[split:end]
+    reply_end = sum(n < len(texts) + 2 for n in numbers)
+    return ids[start:split], ids[split:end], ids[end:reply_end], ids[reply_end:]
 
 
 def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
@@ -239,24 +241,23 @@ def encode_conversation(tokenizer, messages, announcement=None, where="conversat
     labels (for `after`) are the ids of every assistant token including its end of turn, -100 elsewhere.
     No label ever lies in `before`."""
     check_reply_end(tokenizer)
-    _, middle_end, last_end = reply_frame(tokenizer, tokenizer.chat_template)
-    n_middle = len(template_ids(tokenizer, middle_end))
-    n_last = len(template_ids(tokenizer, last_end))
-    before, after, labels = [], [], []
+    _, middle_end, _ = reply_frame(tokenizer, tokenizer.chat_template)
+    middle_end = template_ids(tokenizer, middle_end)[-1:]  # its control token
+    before, after, labels, last_end = [], [], [], []
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        head, prompt, reply = encode_prompt(tokenizer, messages[:k], announcement, where, message["content"])
+        head, prompt, reply, last_end = encode_prompt(tokenizer, messages[:k], announcement, where, message["content"])
         prompt_labels = [-100] * len(prompt)
-        if labels:  # the next prompt opens with the end of the reply before it, as the template writes it there
-            after, labels = after[:-n_last], labels[:-n_last]
-            prompt_labels[:n_middle] = prompt[:n_middle]
+        if labels and middle_end:  # a prompt after a reply opens with that reply's end, as the template writes it there
+            n = prompt.index(middle_end[0]) + 1
+            prompt_labels[:n] = prompt[:n]
         before += head
         after += prompt + reply
         labels += prompt_labels + reply
     if not labels:
         raise UserError(f"{where}: no assistant turn, nothing to learn from")
-    return before, after, labels
+    return before, after + last_end, labels + last_end
 
 
 def plan_ids_for(tokenizer, plan, plan_token_ids):

@@ -3,39 +3,93 @@ import json
 import os
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from data import PLAN_ANNOUNCEMENT
 from model import (HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers, write_shard)
 
+# The chat templates of families, each cut down to what it does with messages and a generation prompt.
 CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are helpful."
           "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # Qwen2.5's, SmolLM2's: a default system turn
 LLAMA3 = ("{% for m in messages %}{% if loop.first %}<|begin_of_text|>{% endif %}<|start_header_id|>{{ m['role'] }}"
           "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+LLAMA32 = ("<|begin_of_text|>{% if not date_string is defined %}{% if strftime_now is defined %}"  # writes the date
+           "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+           "{% endif %}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
+           "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}<|start_header_id|>system"
+           "<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{ system }}"
+           "<|eot_id|>" + LLAMA3.replace("{% if loop.first %}<|begin_of_text|>{% endif %}", ""))
 MISTRAL = ("<s>{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
            "'roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
            "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
+MISTRAL3 = MISTRAL.replace(" [/INST]", "[/INST]")
+LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + "
+          "'\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+          "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ (system if loop.first else '') + "
+          "m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}")
+GEMMA2 = ("<bos>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+          "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+          "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+QWEN3 = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
+         "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+         "loop.index0 > ns.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+         "<think>\n\n</think>\n\n{% endif %}{% endif %}")  # an empty thought opens the last reply, and no other
+HARMONY = ("{% for m in messages %}{% if m['role'] == 'assistant' %}A<|chan|>final<|msg|>{{ m['content'] }}"
+           "{{ '<|ret|>' if loop.last else '<|im_end|>' }}{% else %}{{ m['role'] }}<|msg|>{{ m['content'] }}<|im_end|>"
+           "{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}")  # gpt-oss: a channel, two ends of turn
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+# name: (template, special tokens, end of text, begin of text)
 SPECIAL = {"chatml": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None),
-           "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>",
-                      "<|begin_of_text|>"),
-           "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>")}
+           "llama3": (LLAMA3, LLAMA3_TOKENS, "<|eot_id|>", "<|begin_of_text|>"),
+           "llama3.2": (LLAMA32, LLAMA3_TOKENS, "<|eot_id|>", "<|begin_of_text|>"),
+           "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
+           "mistral3": (MISTRAL3, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
+           "llama2": (LLAMA2, ["<s>", "</s>"], "</s>", "<s>"),
+           "gemma2": (GEMMA2, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", "<bos>"),
+           "qwen3": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None),
+           "harmony": (HARMONY, ["<|ret|>", "<|chan|>", "<|msg|>", "<|im_end|>"], "<|ret|>", None)}
+SENTENCEPIECE = {"llama2": "always", "mistral3": "first", "gemma2": "never"}  # when a "▁" goes before a text
 
 
-def make_tokenizer(kind="chatml"):
-    """Byte-level (no merges: one token per byte), with the family's special tokens, template and BOS habit."""
-    template, special, eos, bos = SPECIAL[kind]
+def byte_level():
+    """No merges: one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_like(dummy_prefix):
+    """Spaces are "▁", which joins the letter after it; `dummy_prefix` says when one is put before a text."""
+    letters = [chr(c) for c in range(33, 127)]
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *("▁" + c for c in letters)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, unk_token="<unk>",
+                                     merges=[("▁", c) for c in letters], byte_fallback=True, fuse_unk=True))
+    if dummy_prefix == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        prefix = [normalizers.Prepend("▁")] if dummy_prefix == "always" else []
+        tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def make_tokenizer(kind="chatml"):
+    """A small tokenizer with a family's special tokens, template and BOS habit."""
+    template, special, eos, bos = SPECIAL[kind]
+    tokenizer = sentencepiece_like(SENTENCEPIECE[kind]) if kind in SENTENCEPIECE else byte_level()
     tokenizer.add_special_tokens(special)
     if bos:  # Llama's and Mistral's tokenizers add a BOS of their own: the classic double BOS
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, pad_token=special[0])
+    unk = "<unk>" if kind in SENTENCEPIECE else None
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, unk_token=unk,
+                                   pad_token=special[0])
     fast.chat_template = template
     fast.chat_template_kwargs = {"enable_thinking": False}  # as load_tokenizer sets it
     return fast
@@ -52,8 +106,9 @@ def make_lm(family="qwen2", width=32, layers=2, vocab=280, tied=False, seed=0, c
 
 
 def save_model(directory, family="qwen2", kind="chatml", **kwargs):
-    make_lm(family, **kwargs).save_pretrained(directory)
-    make_tokenizer(kind).save_pretrained(directory)
+    tokenizer = make_tokenizer(kind)
+    make_lm(family, **{"vocab": max(280, len(tokenizer)), **kwargs}).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return str(directory)
 
 
