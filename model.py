@@ -297,8 +297,9 @@ class LatentActor(nn.Module):
         mode."""
         info, adapter = read_info(directory), None
         lm = load_lm(directory, dtype, device, trust_remote_code, check)
-        tokenizer = load_tokenizer(directory, trust_remote_code,
-                                   chat_template_kwargs or info.get("chat_template_kwargs"))
+        if chat_template_kwargs is None:
+            chat_template_kwargs = info.get("chat_template_kwargs")
+        tokenizer = load_tokenizer(directory, trust_remote_code, chat_template_kwargs)
         if info.get("message") == "latent":
             adapter = HiddenStateProcessor(**info["adapter"])
             load_part(adapter, os.path.join(directory, "latent_adapter.safetensors"))
@@ -562,7 +563,9 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
         tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json of a newer format
         raise UserError(f"no tokenizer at {path}: {first_line(error)}") from None
-    tokenizer.chat_template_kwargs = chat_template_kwargs or {"enable_thinking": False}
+    if chat_template_kwargs is None:
+        chat_template_kwargs = {"enable_thinking": False}
+    tokenizer.chat_template_kwargs = chat_template_kwargs
     return tokenizer
 
 
