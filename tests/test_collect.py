@@ -1,27 +1,36 @@
 """Stage 1: what is stored is what the sender thought, whatever the batch, the order, the ranks and the kills."""
 import json
 import os
+import signal
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import collect
 from collect import main
-from common import atomic_path
-from lm import load_lm
-from model import LatentSender, LatentShards
-from test_eval_alfworld import Game
+from common import SIGTERM_EXIT, atomic_path
+from data import PLAN_PROMPT
+from model import DTYPES, LatentSender, LatentShards, load_lm
 from tiny import make_data, make_lm, make_tokenizer, save_model, write_tasks
 
 N = 10
 SAMPLE = ["--do_sample", "true", "--temperature", "1.3", "--top_p", "0.95", "--top_k", "50"]
+KINDS = {"qwen2": "chatml", "llama": "llama3", "mistral": "mistral"}  # family of the model: its template
 
 
-def save_sender(directory, family, kind):
-    """A tiny LM that often ends its plan: the output rows of the end-of-turn tokens are louder than the others."""
-    lm, tokenizer = make_lm(family), make_tokenizer(kind)
+class Game:
+    """As much of a game as a sender needs."""
+
+    def tasks(self, split):
+        names = ["cup", "plate", "fork", "apple"] if split == "test" else []
+        return [{"id": f"games/{name}", "task": f" find the {name}. ", "type": name[0]} for name in names]
+
+
+def save_sender(directory, family="qwen2"):
+    """A tiny LM that often ends its plan: the output weights of its end-of-turn token are louder than the others."""
+    lm, tokenizer = make_lm(family), make_tokenizer(KINDS[family])
     lm.lm_head.weight.data[tokenizer.eos_token_id] *= 3
     lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -31,8 +40,7 @@ def save_sender(directory, family, kind):
 @pytest.fixture(scope="module")
 def senders(tmp_path_factory):
     root = tmp_path_factory.mktemp("senders")
-    return {family: save_sender(root / family, family, kind)
-            for family, kind in (("qwen2", "chatml"), ("llama", "llama3"), ("mistral", "mistral"))}
+    return {family: save_sender(root / family, family) for family in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +51,10 @@ def tasks(tmp_path_factory):
 
 
 def argv(model, tasks, out, *more, preset="custom"):
-    return [preset, "--model_name_or_path", model, "--dataset_path", str(tasks), "--output_dir", str(out),
-            "--torch_dtype", "fp32", "--max_new_tokens", "12", "--batch_size", "4", *map(str, more)]
+    """A command line; tasks None: --env, among `more`, says what to ask."""
+    source = [] if tasks is None else ["--dataset_path", str(tasks)]
+    return [preset, "--model_name_or_path", str(model), *source, "--output_dir", str(out), "--torch_dtype", "fp32",
+            "--max_new_tokens", "12", "--batch_size", "4", *map(str, more)]
 
 
 def run(model, tasks, out, *more):
@@ -52,12 +62,25 @@ def run(model, tasks, out, *more):
     return LatentShards(str(out))
 
 
+def files_of(directory):
+    return {name: (directory / name).read_bytes() for name in os.listdir(directory)}
+
+
+def prompt_ids(tokenizer, task, chat_template="auto"):
+    """What the sender must have read, built without our code."""
+    prompt = PLAN_PROMPT.format(task=task)
+    if chat_template == "none":
+        return tokenizer(prompt).input_ids
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                         add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
 def assert_same(a, b, ids=None):
     """The same messages: plans exactly, states to fp32 noise. Everything but the time it took."""
     assert ids is not None or set(a.records) == set(b.records)
     for task_id in ids or a.records:
-        x, y = ({k: v for k, v in s.records[task_id].items() if k != "sender_ms"} for s in (a, b))
-        assert x == y
+        assert a.records[task_id] | {"sender_ms": 0} == b.records[task_id] | {"sender_ms": 0}
         torch.testing.assert_close(a[task_id], b[task_id], rtol=0, atol=1e-4)
 
 
@@ -71,35 +94,69 @@ def reference(senders, tasks, tmp_path_factory):
 
 # ---- the states
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("decoding", [[], SAMPLE], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("chat_template", ["auto", "none"])
 def test_states_are_the_teacher_forced_ones(senders, tasks, tmp_path, family, decoding, chat_template):
     shards = run(senders[family], tasks, tmp_path / "o", "--chat_template", chat_template, *decoding)
-    lm, tokenizer = load_lm(senders[family]), make_tokenizer({"qwen2": "chatml", "llama": "llama3"}.get(family, family))
-    lengths = []
+    lm, tokenizer = load_lm(senders[family]), make_tokenizer(KINDS[family])
+    assert set(shards.records) == {f"t{i}" for i in range(N)}
     for task_id, record in shards.records.items():
-        prompt = collect.PRESETS["custom"][0].format(task=record["task"])
-        if chat_template == "auto":
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                   add_generation_prompt=True)
-        ids = tokenizer(prompt, add_special_tokens=chat_template == "none").input_ids
-        plan, H = record["plan_token_ids"], shards[task_id]
+        ids = prompt_ids(tokenizer, record["task"], chat_template)
+        plan, states = record["plan_token_ids"], shards[task_id]
         with torch.no_grad():
             out = lm(torch.tensor([ids + plan]), output_hidden_states=True)
-        torch.testing.assert_close(H, out.hidden_states[-1][0, len(ids) - 1:-1], rtol=0, atol=1e-4)  # shifted by one
-        logits = out.logits[0, len(ids) - 1:]
-        logits[0, tokenizer.eos_token_id] = -torch.inf  # a plan has at least one token
-        if not decoding:
-            assert logits[:-1].argmax(-1).tolist() == plan
-            assert len(plan) == 12 or logits[-1].argmax() == tokenizer.eos_token_id  # ended by the model, or cut
-        assert H.shape == (len(plan), 32) and H.dtype == torch.float32 and plan
+        expected = out.hidden_states[-1][0, len(ids) - 1:-1]  # shifted by one
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
+        assert states.shape == (len(plan), 32) and states.dtype == torch.float32 and plan
         assert tokenizer.eos_token_id not in plan
         assert record["plan"] == tokenizer.decode(plan, skip_special_tokens=True) and record["sender_ms"] > 0
-        lengths.append(len(plan))
-    assert set(shards.records) == {f"t{i}" for i in range(N)}
     if decoding:
-        assert 12 > min(lengths) and len(set(lengths)) > 2  # rows left the batch at different steps
+        lengths = list(shards.lengths.values())
+        assert 12 > min(lengths) and len(set(lengths)) > 2  # prompts left the batch at different steps
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_greedy_plans_are_those_of_generate(senders, tasks, tmp_path, family):
+    shards = run(senders[family], tasks, tmp_path / "o")
+    lm, tokenizer = load_lm(senders[family]), make_tokenizer(KINDS[family])
+    for record in shards.records.values():
+        ids = torch.tensor([prompt_ids(tokenizer, record["task"])])
+        # a plan has at least one token
+        out = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+                          min_new_tokens=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+        plan = out[0, ids.shape[1]:].tolist()
+        assert record["plan_token_ids"] == [t for t in plan if t != tokenizer.eos_token_id]
+
+
+HYBRIDS = {  # a part of their layers keeps a recurrent state instead of keys and values
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {"full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+              "mamba_n_groups": 1},
+    "mistral": {"sliding_window": 6}}  # and one that forgets what its window has passed
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_any_cache_gives_each_prompt_what_it_says_alone(family):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        family, vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, **HYBRIDS[family])).eval()
+    prompts = [torch.randint(60, (n,)).tolist() for n in (3, 9, 14, 7, 11)]
+    stop = list(range(0, 60, 6))
+    messages = collect.decode_plans(lm, prompts, range(5), stop, max_new_tokens=14)
+    assert len({len(plan) for plan, _, _ in messages}) > 2  # they leave the batch one after another
+    for prompt, (plan, states, _) in zip(prompts, messages):
+        alone = collect.decode_plans(lm, [prompt], [0], stop, max_new_tokens=14)[0]
+        assert alone[0] == plan
+        torch.testing.assert_close(alone[1], states, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            out = lm.get_decoder()(input_ids=torch.tensor([prompt + plan]), use_cache=False)
+        torch.testing.assert_close(out.last_hidden_state[0, len(prompt) - 1:-1], states, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
@@ -135,11 +192,12 @@ def test_seed_and_temperature_matter(senders, tasks, reference, tmp_path):
 
 def test_sampling_follows_the_models_distribution():
     """The next token of many seeds against the model's own probabilities."""
-    lm, args = make_lm(vocab=8), collect.get_args(argv("m", "d", "o", "--do_sample", "true", "--max_new_tokens", 1))[1]
+    lm = make_lm(vocab=8)
     lm.lm_head.weight.data *= 0.3
     with torch.no_grad():
         probs = lm(torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(-1)
-    drawn = [t[0] for t, _, _ in collect.decode_plans(lm, [[1, 2, 3]] * 4000, range(4000), set(), args)]
+    messages = collect.decode_plans(lm, [[1, 2, 3]] * 4000, range(4000), [], max_new_tokens=1, do_sample=True)
+    drawn = [plan[0] for plan, _, _ in messages]
     counts = torch.bincount(torch.tensor(drawn), minlength=8) / 4000
     assert (counts - probs).abs().max() < 4 * (0.25 / 4000) ** 0.5
 
@@ -155,7 +213,7 @@ def test_c_cuts_the_states_only(senders, tasks, reference, tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_stored_dtype(senders, tasks, tmp_path, dtype):
     shards = run(senders["qwen2"], tasks, tmp_path / "o", "--torch_dtype", dtype, "--max_samples", 2)
-    assert all(shards[k].dtype == collect.DTYPES[dtype] for k in shards.records) and shards.sender["dtype"] == dtype
+    assert all(shards[k].dtype == DTYPES[dtype] for k in shards.records) and shards.sender["dtype"] == dtype
 
 
 def test_shards_are_readable_with_safetensors_alone(reference):
@@ -174,11 +232,10 @@ def test_latent_steps_of_an_untrained_model(senders, tasks, tmp_path, batch_size
     sender, tokenizer = LatentSender.load(senders["qwen2"]), make_tokenizer()
     assert len(shards) == N and shards.sender["latent_steps"] == 5
     for task_id, record in shards.records.items():
-        prompt = collect.PRESETS["custom"][0].format(task=record["task"])
-        ids = tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                      add_generation_prompt=True), return_tensors="pt").input_ids
+        ids = torch.tensor([prompt_ids(tokenizer, record["task"])])
         with torch.no_grad():
-            torch.testing.assert_close(shards[task_id], sender(ids, torch.ones_like(ids), 5)[0], rtol=0, atol=1e-4)
+            latents = sender(ids, torch.ones_like(ids), 5)[0]
+        torch.testing.assert_close(shards[task_id], latents, rtol=0, atol=1e-4)
         assert record["plan"] == "" and record["plan_token_ids"] == []
 
 
@@ -197,7 +254,7 @@ def test_restart_gives_the_uninterrupted_messages(senders, tasks, reference, tmp
         name = {"decode": "decode_plans", "write": "write_shard"}[stop]
         real, calls = getattr(collect, name), []
 
-        def dies(*args):
+        def dies(*args, **kwargs):
             calls.append(1)
             if len(calls) == 3:
                 if stop == "write":  # half of a shard is on disk under its temporary name
@@ -205,19 +262,32 @@ def test_restart_gives_the_uninterrupted_messages(senders, tasks, reference, tmp
                         open(temporary, "w").write("half")
                         raise Killed
                 raise Killed
-            return real(*args)
+            return real(*args, **kwargs)
         with monkeypatch.context() as patch:
             patch.setattr(collect, name, dies)
             with pytest.raises(Killed):
                 run(senders["qwen2"], tasks, out, *more)
-    before = {f: (out / f).read_bytes() for f in os.listdir(out)}
+    before = files_of(out)
     assert 1 < len(LatentShards(str(out))) < N  # something is there, not everything
     shards = run(senders["qwen2"], tasks, out, *more)  # an id twice would be an error
     assert_same(shards, reference["sampled"])
-    assert all((out / f).read_bytes() == data for f, data in before.items())
-    done = set(os.listdir(out))
+    done = files_of(out)
+    assert before.items() <= done.items() and all(name.endswith(".safetensors") for name in done)
     run(senders["qwen2"], tasks, out, *more)  # and nothing is left to do
-    assert set(os.listdir(out)) == done and all(f.endswith(".safetensors") for f in done)
+    assert files_of(out) == done
+
+
+def test_sigterm_keeps_what_was_collected(senders, tasks, reference, tmp_path, monkeypatch):
+    real = collect.decode_plans
+
+    def preempted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(collect, "decode_plans", preempted)
+        run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE)
+    assert exit_info.value.code == SIGTERM_EXIT and len(LatentShards(str(tmp_path / "o"))) == 4  # one batch
+    assert_same(run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE), reference["sampled"])
 
 
 def test_another_number_of_ranks_continues(senders, tasks, reference, tmp_path, monkeypatch):
@@ -244,19 +314,22 @@ def test_alfworld_preset_and_conversations_index(senders, tmp_path):
                                ("custom", ["--conversations_index", -1], "go"),
                                ("custom", ["--task_turn", 1], "OK")):
         out = tmp_path / task
-        main(argv(senders["qwen2"], data, out, "--max_new_tokens", 2, *more, preset=preset))
+        main(argv(senders["qwen2"], data, out, *more, preset=preset))
         assert LatentShards(str(out)).records["7"]["task"] == task
 
 
-def test_games_are_collected_under_their_own_ids(senders, tmp_path):
-    flags = ["--env", "test_eval_alfworld:Game", "--split", "test", "--max_new_tokens", 2]
-    whole = argv(senders["qwen2"], "d", tmp_path / "o", *flags)
-    del whole[whole.index("--dataset_path"):whole.index("--dataset_path") + 2]
+def test_games_are_collected_under_their_own_ids(senders, tmp_path, monkeypatch):
+    whole = argv(senders["qwen2"], None, tmp_path / "o", "--env", "test_collect:Game", "--split", "test")
     main([*whole, "--max_samples", "3"])
-    main(whole)
-    shards, games = LatentShards(str(tmp_path / "o")), Game().tasks("test")
+    assert len(LatentShards(str(tmp_path / "o"))) == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        main(whole)
+    shards = LatentShards(str(tmp_path / "o"))
     assert {k: (r["task"], r["type"]) for k, r in shards.records.items()} == {
-        game["id"]: (game["task"].strip(), game["type"]) for game in games}
+        game["id"]: (game["task"].strip(), game["type"]) for game in Game().tasks("test")}
+    assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "o"))
 
 
 def test_fields_and_train_json(senders, tmp_path):
@@ -268,6 +341,54 @@ def test_fields_and_train_json(senders, tmp_path):
     assert json.load(open(tmp_path / "o" / "train.json")) == [
         {"id": r["uid"], "conversations": [{"from": "human", "value": r["q"]}, {"from": "gpt", "value": r["a"]}]}
         for r in records]
+
+
+def test_any_id_is_a_key(senders, tmp_path):
+    ids = ["把一个杯子放在桌子上" * 12, "a/../b c\"\\", "*[é]\n", "x" * 300]
+    shards = run(senders["qwen2"], write(tmp_path / "d.json", [{"id": k, "task": "go"} for k in ids]), tmp_path / "o")
+    assert set(shards.records) == set(ids) and all(len(shards[k]) for k in ids)
+
+
+def test_a_template_that_cannot_end_a_turn_is_fine_for_a_sender(tasks, tmp_path):
+    sender = save_model(tmp_path / "sender")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ("[gMASK]{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+                               "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # as GLM-4.5's
+    tokenizer.save_pretrained(sender)
+    shards = run(sender, tasks, tmp_path / "o", "--max_samples", 2)
+    lm = load_lm(sender)
+    for task_id, record in shards.records.items():
+        ids = prompt_ids(tokenizer, record["task"])
+        with torch.no_grad():
+            out = lm(torch.tensor([ids]), output_hidden_states=True)
+        torch.testing.assert_close(shards[task_id][0], out.hidden_states[-1][0, -1], rtol=0, atol=1e-4)
+
+
+def test_template_arguments_reach_the_sender(tasks, tmp_path, refuses):
+    sender = save_model(tmp_path / "sender")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n{% endif %}", "assistant\n{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}")
+    tokenizer.save_pretrained(sender)
+    plain = run(sender, tasks, tmp_path / "plain", "--max_samples", 3)
+    thinking = '{"enable_thinking": true}'
+    thinks = run(sender, tasks, tmp_path / "thinks", "--max_samples", 3, "--chat_template_kwargs", thinking)
+    assert plain.sender["chat_template_kwargs"] == {"enable_thinking": False}
+    for task_id in plain.records:
+        assert not torch.allclose(plain[task_id][0], thinks[task_id][0], atol=1e-2)
+    line = argv(sender, tasks, tmp_path / "plain", "--chat_template_kwargs", thinking)
+    refuses(main, line, "different: chat_template_kwargs", "--output_dir")
+
+
+def test_a_student_is_asked_as_in_its_training(tasks, tmp_path):
+    sender = save_model(tmp_path / "sender")
+    asked = {"prompt_template": "Think of {task}", "chat_template_kwargs": {"enable_thinking": True}}
+    write(tmp_path / "sender" / "latent_bridge.json", {"K": 3} | asked)
+    thinks = run(sender, tasks, tmp_path / "k", "--max_samples", 1, "--latent_steps", 3).sender
+    assert thinks | asked == thinks
+    other = run(sender, tasks, tmp_path / "o", "--max_samples", 1, "--latent_steps", 3, "--prompt_template", "{task}?")
+    assert other.sender["prompt_template"] == "{task}?"
+    assert run(sender, tasks, tmp_path / "t", "--max_samples", 1).sender["prompt_template"] == PLAN_PROMPT
 
 
 def test_ids_do_not_depend_on_max_samples(senders, tmp_path):
@@ -282,8 +403,9 @@ def test_inspect_lists_and_reads_the_latents(reference, senders, capsys):
     shards = reference["greedy"]
     main(["inspect", shards.directory])
     text = capsys.readouterr().out
-    assert f"{N} messages in 1 shards" in text and "width 32" in text and "seed: 0" in text
-    assert all(f"\n{k}: {shards.lengths[k]} rows" in text and r["task"] in text for k, r in shards.records.items())
+    assert f"{N} messages of" in text and "hidden_size: 32" in text and "seed: 0" in text
+    for task_id, record in shards.records.items():
+        assert f"\n{task_id}: {shards.lengths[task_id]} states" in text and record["task"] in text
     main(["inspect", shards.directory, "--id", "t4", "--model_name_or_path", senders["qwen2"], "--top_k", "2"])
     text = capsys.readouterr().out
     assert "\nt4: " in text and "\nt3: " not in text
@@ -293,8 +415,8 @@ def test_inspect_lists_and_reads_the_latents(reference, senders, capsys):
     for n, line in enumerate(lines):  # greedy: each latent's likeliest token is the one that was written
         written = repr(tokenizer.decode([plan[n]]))
         assert line.split()[0] == str(n) and (n == 0 or line.count(written) >= 2)
-        top = F.softmax(lm.lm_head(shards["t4"][n]), -1).max().item()
-        assert f" {top:.2f}" in line
+        for prob in lm.lm_head(shards["t4"][n]).softmax(-1).topk(2).values:
+            assert f" {prob:.2f}" in line
 
 
 # ---- bad input
@@ -318,6 +440,8 @@ def test_bad_data(senders, tmp_path, refuses, content, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--prompt_template", "no field"], ["--prompt_template", "{task}"]),
+    (["--question_template", "no field"], ["--question_template", "{task}"]),
+    (["--chat_template_kwargs", "[1"], ["--chat_template_kwargs", "JSON"]),
     (["--latent_steps", "0"], ["--latent_steps", "1"]),
     (["--max_new_tokens", "4090"], ["context of 4096", "--max_new_tokens"]), (["--surprise", "1"], ["--surprise"]),
     (["--latent_steps", "4090"], ["context of 4096", "--latent_steps"]), (["--do_sample", "maybe"], ["--do_sample"]),
@@ -334,10 +458,13 @@ def test_bad_flags(senders, tasks, tmp_path, refuses, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--env", "test_eval_alfworld:Game"], ["--dataset_path", "--env"]),
-    (["--dataset_path", "", "--env", "test_eval_alfworld:Game", "--subjects", "x"], ["--subjects"]),
-    (["--dataset_path", "", "--env", "test_eval_alfworld:Game", "--split", "x"], ["no games", "split x"]),
+    (["--env", "test_collect:Game"], ["--dataset_path", "--env"]),
+    (["--dataset_path", "", "--env", "test_collect:Game", "--subjects", "x"], ["--subjects"]),
+    (["--dataset_path", "", "--env", "test_collect:Game", "--split", "x"], ["no games", "split x"]),
     (["--dataset_path", ""], ["--dataset_path", "--env"]),
+    (["--sender_knows", "place"], ["--sender_knows", "--env alfworld"]),
+    (["--dataset_path", "", "--env", "test_collect:Game", "--sender_knows", "place"], ["--env alfworld"]),
+    (["--sender_knows", "all"], ["--sender_knows", "nothing"]),
     (["--dataset_path", "", "--env", "json:Game"], ["json:Game", "module:Class"])], ids=lambda words: " ".join(words))
 def test_bad_games(senders, tasks, tmp_path, refuses, flags, words):
     refuses(main, argv(senders["qwen2"], tasks, tmp_path / "o", *flags), *words)
@@ -345,9 +472,9 @@ def test_bad_games(senders, tasks, tmp_path, refuses, flags, words):
 
 
 def test_a_sender_trained_anew_into_the_same_folder_is_another(tasks, tmp_path, refuses):
-    sender = save_sender(tmp_path / "sender", "qwen2", "chatml")
+    sender = save_sender(tmp_path / "sender")
     run(sender, tasks, tmp_path / "o", "--max_samples", 2)
-    save_sender(tmp_path / "sender", "qwen2", "chatml")  # the same weights again
+    save_sender(tmp_path / "sender")  # the same weights again
     run(sender, tasks, tmp_path / "o", "--max_samples", 3)
     make_lm(seed=1).save_pretrained(sender)
     refuses(main, argv(sender, tasks, tmp_path / "o"), "another sender", "fingerprint", "--output_dir")
@@ -365,9 +492,9 @@ def test_bad_directory_to_resume(senders, tasks, tmp_path, refuses, how, words):
     if how == "mixed":
         _, other = make_data(str(tmp_path / "d"))
         os.rename(os.path.join(other, shard.name), out / "z-foreign.safetensors")
-    before = {f: (out / f).read_bytes() for f in os.listdir(out)}
+    before = files_of(out)
     refuses(main, argv(senders["qwen2"], tasks, out, *(["--seed", 1] if how == "settings" else [])), *words)
-    assert {f: (out / f).read_bytes() for f in os.listdir(out)} == before  # nothing already written is lost
+    assert files_of(out) == before  # nothing already written is lost
 
 
 def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
@@ -375,7 +502,10 @@ def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
     lm.model.norm.weight.data.fill_(torch.inf)
     lm.save_pretrained(tmp_path / "m")
     make_tokenizer().save_pretrained(tmp_path / "m")
-    refuses(main, argv(str(tmp_path / "m"), tasks, tmp_path / "o"), "not finite", "--torch_dtype", "id t")
+    refuses(main, argv(tmp_path / "m", tasks, tmp_path / "o"), "cannot be used", "--self_check")
+    line = argv(tmp_path / "m", tasks, tmp_path / "o", "--self_check", "false")
+    refuses(main, line, "not finite", "--torch_dtype", "id t")
+    assert not (tmp_path / "o").exists()
 
 
 def test_bad_inspect(reference, tmp_path, refuses):

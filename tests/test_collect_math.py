@@ -6,11 +6,9 @@ import types
 import pytest
 import torch
 
-import collect
-from collect import main
-from data import load_tasks
-from lm import DTYPES
-from model import LatentShards, write_shard
+from collect import import_messages, main
+from data import MATH_PROMPT, load_tasks
+from model import DTYPES, LatentShards, write_shard
 from test_eval_math import SUBJECTS, write_math
 from tiny import save_model
 
@@ -76,7 +74,7 @@ def test_collect_math(data, tmp_path):
         assert [t["value"] for t in row["conversations"]] == [
             task["task"] + "\nPut the final answer in \\boxed{}.", task["reply"]]
     prompt = shards.sender["prompt_template"]
-    assert prompt == collect.PRESETS["math"][0] and "plan" in prompt and "do not state the answer" in prompt
+    assert prompt == MATH_PROMPT and "plan" in prompt and "do not state the answer" in prompt
 
 
 # ---- Parquet and back
@@ -106,7 +104,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_round_trip_is_bit_equal(tmp_path, dtype):
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
     shards = make_messages(tmp_path / "a", dtype)
     main(["export", str(tmp_path / "a"), "--output_file", str(tmp_path / "a.parquet")])
     main(["import", str(tmp_path / "a.parquet"), "--output_dir", str(tmp_path / "b")])
@@ -122,38 +120,43 @@ def other_rows(n=5):
              "hidden_state": torch.randn(2 + i, 4, generator=generator).tolist()} for i in range(n)]
 
 
-@pytest.mark.parametrize("how", ["parquet", "float64", "id, no task", "save_to_disk", "splits"])
+@pytest.mark.parametrize("how", ["parquet", "float64", "half", "id, no task", "save_to_disk", "splits"])
 def test_import_of_nested_lists(tmp_path, how):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    rows, source = other_rows(), str(tmp_path / "source")
-    if how in ("save_to_disk", "splits"):
-        datasets = pytest.importorskip("datasets")
-        data = datasets.Dataset.from_list(rows)
-        (datasets.DatasetDict({"train": data}) if how == "splits" else data).save_to_disk(source)
+    datasets = pytest.importorskip("datasets")
+    rows, source = other_rows(), str(tmp_path / "a [1] é")  # glob characters, which datasets would expand
+    data = datasets.Dataset.from_list(rows)  # float64, what Python's floats become
+    if how in ("parquet", "half"):
+        number = datasets.Value("float32" if how == "parquet" else "float16")
+        data = data.cast(datasets.Features(data.features | {"hidden_state": [[number]]}))
+    if how == "id, no task":
+        data = data.remove_columns("task").rename_column("task_id", "id")
+    if how == "save_to_disk":
+        data.save_to_disk(source)
+    elif how == "splits":
+        datasets.DatasetDict({"train": data}).save_to_disk(source)
     else:
-        table = pa.Table.from_pylist(rows)  # float64, what Python's floats become
-        if how == "parquet":
-            table = table.set_column(3, "hidden_state", table["hidden_state"].cast(pa.list_(pa.list_(pa.float32()))))
-        if how == "id, no task":
-            table = table.drop_columns(["task"]).rename_columns(["id", "plan", "hidden_state"])
-        parquet.write_table(table, source)
+        data.to_parquet(source)
     main(["import", source, "--output_dir", str(tmp_path / "o"), "--model_name_or_path", "their/sender"])
     shards = LatentShards(str(tmp_path / "o"))
     assert set(shards.records) == {r["task_id"] for r in rows} and shards.sender["model"] == "their/sender"
     for r in rows:
-        assert torch.equal(shards[r["task_id"]], torch.tensor(r["hidden_state"]))
+        states = torch.tensor(r["hidden_state"], dtype=torch.float16 if how == "half" else torch.float32)
+        assert torch.equal(shards[r["task_id"]], states.float())
         assert shards.records[r["task_id"]]["plan"] == r["plan"]
         assert shards.records[r["task_id"]]["task"] == ("" if how == "id, no task" else r["task"])
 
 
 def test_large_imports_are_written_in_parts(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
     shards = make_messages(tmp_path / "a", "bf16", 300)
     main(["export", str(tmp_path / "a"), "--output_file", str(tmp_path / "a.parquet")])
-    main(["import", str(tmp_path / "a.parquet"), "--output_dir", str(tmp_path / "b")])
+    import_messages(str(tmp_path / "a.parquet"), str(tmp_path / "b"), shard_size_mb=0.004)
     again = LatentShards(str(tmp_path / "b"))
     assert_same_bits(shards, again)
-    assert len(set(again.shard_of.values())) == 2 and parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 5
+    sizes = [sum(again[k].nbytes for k in again.records if again.shard_of[k] == path)
+             for path in sorted(set(again.shard_of.values()))]
+    assert len(sizes) == 3 and all(4194 <= size < 4194 + 48 for size in sizes[:-1])  # a message has at most 48 bytes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.parquet", "b"]  # nothing is left beside them
 
 
 # ---- bad input
@@ -165,11 +168,11 @@ def test_large_imports_are_written_in_parts(tmp_path):
     ({"hidden_state": [[float("nan")] * 4]}, ["t1", "NaN"]), ({"task_id": "t0"}, ["t0", "twice"]),
     ({"dtype": "int4"}, ["t1", "int4"])], ids=str)
 def test_bad_rows_to_import(tmp_path, refuses, change, words):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
     rows = other_rows(3)
     rows[1] |= change
     rows[0] |= {"dtype": "fp32"}
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
     refuses(main, ["import", tmp_path / "x.parquet", "--output_dir", tmp_path / "o"], "x.parquet", *words)
     assert not (tmp_path / "o").exists()
 
@@ -193,9 +196,9 @@ def test_bad_files(data, tmp_path, refuses, monkeypatch):
     refuses(main, [*base, data, "--split", "dev"], "dev", "['test', 'train']")
     refuses(main, [*base, data, "--subjects", "poetry"], "poetry", "Geometry")
     refuses(main, [*base, data, "--question_template", "x"], "--question_template", "{task}")
-    for name in ("pyarrow", "pyarrow.parquet", "datasets"):
-        monkeypatch.setitem(sys.modules, name, None)
-    refuses(main, ["import", tmp_path / "x.parquet", *out], "pip install pyarrow")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refuses(main, ["export", tmp_path / "a", "--output_file", tmp_path / "y.parquet"], "pip install datasets")
+    refuses(main, ["import", tmp_path / "x.parquet", *out], "pip install datasets")
     refuses(main, [*base, "someone/math"], "pip install datasets")
     refuses(main, ["import", tmp_path / "empty", *out], "pip install datasets")
     assert not (tmp_path / "o").exists()
