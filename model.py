@@ -217,7 +217,10 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     n = max(1, chunk_logits // vocabulary)
 
     def chunk_terms(states, chunk_targets):
-        logits = {name: lm_logits(lm, h) for name, h in states.items()}
+        logits = {}
+        for name, h in states.items():
+            with torch.set_grad_enabled(h.requires_grad):  # a fixed branch gives the head no gradient either
+                logits[name] = lm_logits(lm, h)
         terms = loss_fn(logits, chunk_targets)
         return {name: term.sum() for name, term in terms.items()}
 
