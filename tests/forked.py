@@ -5,6 +5,7 @@
 time that a rank touches a file of its output ("on": only in this way), or after s seconds. {"shell": command} runs a
 command.
 Class Forked is the other end of the pipe."""
+import contextlib
 import importlib
 import json
 import os
@@ -115,11 +116,12 @@ def serve():
     sys.path[:0] = [os.path.dirname(HERE), HERE]
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for name in ("collect", "train_actor", "compress", "eval_alfworld", "eval_math",
-                 # what these import only when they are used
-                 "torch._dynamo", "torch._inductor.utils", "transformers.core_model_loading", "matplotlib.backends.backend_agg",
+    # the scripts, and what these import only when it is used
+    for name in ("collect", "train_actor", "compress", "eval_alfworld", "eval_math", "torch._dynamo",
+                 "torch._inductor.utils", "transformers.core_model_loading", "matplotlib.backends.backend_agg",
                  "transformers.models.qwen2.modeling_qwen2"):
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # a script that does not import says so when it is run
+            importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
         if "shell" in job:

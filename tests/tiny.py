@@ -1,11 +1,15 @@
 """Tiny random models, tokenizers with real chat templates, and data: what the hub would give, made on the spot."""
+import csv
 import json
 import os
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from common import read_json
 from data import PLAN_ANNOUNCEMENT
 from model import (HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers, write_shard)
 
@@ -152,3 +156,76 @@ def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="
         adapter = HiddenStateProcessor(**arguments)
         info |= {"sender": "tiny", "adapter": arguments}
     return LatentActor(lm, tokenizer, adapter, info).eval()
+
+
+# ---- what a run of a trainer leaves
+
+TIMING = {"tokens_per_s", "memory_gb", "sender_ms"}  # of no two runs the same
+
+
+def argv_of(flags):
+    """{"K": 3, "curriculum": [0, 1], "fsdp": None} -> ["--K", "3", "--curriculum", "0", "1"]."""
+    argv = []
+    for name, value in flags.items():
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def read_log(out):
+    """The rows of loss_log.csv, without timing."""
+    with open(os.path.join(out, "loss_log.csv")) as file:
+        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
+
+
+def column(out, name):
+    return [float(row[name]) for row in read_log(out) if row[name]]
+
+
+def assert_same_curve(a, b, tolerance=1e-4, but=()):
+    """Two logs are the same but for rounding, and for the columns in `but`."""
+    for x, y in zip(read_log(a), read_log(b), strict=True):
+        assert x.keys() == y.keys() and [name for name in x if x[name]] == [name for name in y if y[name]]
+        for name in x:
+            if x[name] and name not in but:
+                assert float(x[name]) == pytest.approx(float(y[name]), rel=tolerance, abs=tolerance), (x["step"], name)
+
+
+def tensors(directory):
+    """{(file, name): tensor} of the safetensors files in a directory."""
+    return {(file, name): tensor for file in sorted(os.listdir(directory)) if file.endswith(".safetensors")
+            for name, tensor in load_file(os.path.join(directory, file)).items()}
+
+
+def same_tensors(a, b):
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def checkpoints(out):
+    return sorted(name for name in os.listdir(out) if name.startswith("checkpoint-"))
+
+
+def same_run(a, b):
+    """Two output directories hold the same files, logs, weights and states, bit for bit; but for timing."""
+    if sorted(os.listdir(a)) != sorted(os.listdir(b)) or read_log(a) != read_log(b):
+        return False
+    for name in ("", *checkpoints(b)):
+        x, y = os.path.join(a, name), os.path.join(b, name)
+        state = "trainer_state.json"
+        if not same_tensors(x, y) or read_json(os.path.join(x, state)) != read_json(os.path.join(y, state)):
+            return False
+        if name:
+            p, q = (torch.load(os.path.join(d, "optimizer.pt"), weights_only=True) for d in (x, y))
+            if json.dumps(p["param_groups"]) != json.dumps(q["param_groups"]):  # a tuple may come back as a list
+                return False
+            p, q = p["state"], q["state"]
+            if p.keys() != q.keys() or not all(torch.equal(p[n][k], q[n][k]) for n in p for k in p[n]):
+                return False
+    return True
+
+
+def snapshot(directory):
+    """{path: time of its last change} of all files."""
+    paths = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
+    return {path: os.stat(path).st_mtime_ns for path in paths}
