@@ -27,10 +27,14 @@ MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give 
                "that lead to the solution, in order and in general terms. Do no calculation and do not state the "
                "answer.\nThe problem is: {task}")
 MATH_QUESTION = "{task}\nPut the final answer in \\boxed{}."  # what the actor reads, in train.json and in eval_math.py
+ID_FIELDS = ("unique_id", "id", "idx")  # of MATH-500, of most files, of ToRA: the first that a file has is read
+TASK_FIELDS = ("problem", "question")
+RESPONSE_FIELDS = ("solution", "answer")
+ANSWER_FIELDS = ("answer",)
 PRESETS = {  # name: (sender's prompt, conversation turn with the task, its field, field of the reply, actor's question)
-    "alfworld": (PLAN_PROMPT, 2, "task", None, "{task}"),  # ETO's turns: instruction, OK, task
-    "math": (MATH_PROMPT, 0, "problem", "solution", MATH_QUESTION),
-    "custom": (PLAN_PROMPT, 0, "task", None, "{task}"),
+    "alfworld": (PLAN_PROMPT, 2, ("task",), "", "{task}"),  # ETO's turns: instruction, OK, task
+    "math": (MATH_PROMPT, 0, TASK_FIELDS, RESPONSE_FIELDS, MATH_QUESTION),
+    "custom": (PLAN_PROMPT, 0, ("task",), "", "{task}"),
 }
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
 
@@ -346,49 +350,93 @@ def subject_key(name):
     return re.sub(r"[\W_]+", "_", str(name).lower().replace("&", "and"))
 
 
-def task_text(record, task_field, conversations_index, where):
-    """The task of a record: its field, or a turn of its conversations."""
-    if task_field in record:
-        return record[task_field]
-    if "conversations" not in record:
-        raise UserError(f"{where} has no field '{task_field}' and no conversations; its fields are "
+def find_field(records, field, flag, path):
+    """The name of the field to read, "" for none. Raises UserError for a record without it.
+
+    field: a name that the user gave, or a tuple of names, of which the first that occurs is taken."""
+    if isinstance(field, tuple):
+        candidates = [name for name in field if any(name in record for record in records)]
+        field = candidates[0] if candidates else ""
+    for n, record in enumerate(records):
+        if field and field not in record:
+            name = f"id {record['id']}" if "id" in record else f"record {n}"
+            raise UserError(f"{path}: {name} has no field '{field}', its fields are {', '.join(record)}; see {flag}")
+    return field
+
+
+def turn_text(record, index, task_fields, where):
+    """The task of a record that has no field for it: a turn of its conversations."""
+    if index is None or "conversations" not in record:
+        raise UserError(f"{where} has no field {' or '.join(map(repr, task_fields))} with the task; its fields are "
                         f"{', '.join(record)}; see --task_field")
     turns = record["conversations"]
-    if not isinstance(turns, list) or not -len(turns) <= conversations_index < len(turns):
-        raise UserError(f"{where}: its conversations have no turn {conversations_index}, see --conversations_index")
-    turn = turns[conversations_index]
+    if not isinstance(turns, list) or not -len(turns) <= index < len(turns):
+        raise UserError(f"{where}: its conversations have no turn {index}, see --conversations_index")
+    turn = turns[index]
     return turn.get("value") if isinstance(turn, dict) else None
 
 
-def load_tasks(path, id_field="id", task_field="problem", response_field="solution", conversations_index=0,
-               split="train", subjects=None, max_samples=None):
-    """A dataset -> [{"id", "task", "type"?, "level"?, "reply"}], checked. Ids do not depend on what is
-    left out."""
+def reference_text(record, field, flag, where):
+    """A reference reply or answer as text, None without a field for it. GSM8K's last line "#### 42" is
+    MATH's box."""
+    if not field:
+        return None
+    text = record[field]
+    if isinstance(text, (int, float)):
+        text = str(text)
+    if not is_text(text) or not text.strip():
+        raise UserError(f"{where} has no text in field '{field}', see {flag}")
+    return re.sub(r"^#### *(.+?)\s*\Z", r"\\boxed{\1}", text, flags=re.M)
+
+
+def of_subjects(tasks, subjects, path):
+    """The tasks of these subjects, however they are spelled. Raises UserError for one that no task has."""
+    names = {subject_key(task["type"]): str(task["type"]) for task in tasks if "type" in task}
+    for subject in subjects:
+        if subject_key(subject) not in names:
+            raise UserError(f"{path} has no subject {subject}, it has: {', '.join(names.values()) or 'none'}")
+    wanted = {subject_key(subject) for subject in subjects}
+    return [task for task in tasks if subject_key(task.get("type")) in wanted]
+
+
+def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=RESPONSE_FIELDS,
+               conversations_index=None, split="train", subjects=None, max_samples=None,
+               answer_field=ANSWER_FIELDS):
+    """A dataset -> [{"id", "task", "reply", "answer", "type"?, "level"?}], checked. reply and answer are
+    None where there is no field for them; a reply that is an answer alone becomes a box.
+
+    Fields are names, tuples of names to try, or "" for none (`find_field`). Without ids, the position in
+    the whole file is one, so ids do not depend on what is left out. Without a task field, a turn of the
+    conversations is the task, unless conversations_index is None."""
     records = read_records(path, split)
     if not isinstance(records, list) or not records or not all(isinstance(r, dict) for r in records):
         raise UserError(f"{path}: expected a non-empty list of records")
+    id_field = find_field(records, id_field, "--id_field", path)
+    text_field = find_field(records, task_field, "--task_field", path)
+    response_field = find_field(records, response_field, "--response_field", path)
+    answer_field = find_field(records, answer_field, "--answer_field", path)
     tasks, seen = [], set()
     for n, record in enumerate(records):
-        task_id = str(record.get(id_field, n))  # without ids, the position in the whole file
+        task_id = str(record[id_field] if id_field else n)
         where = f"{path}: id {task_id}"
         if task_id in seen or task_id == "__metadata__":
-            raise UserError(f"{where} occurs twice (or is reserved): ids must be unique")
+            raise UserError(f"{where} occurs twice (or is reserved): ids must be unique, see --id_field")
         seen.add(task_id)
-        task = task_text(record, task_field, conversations_index, where)
-        if not is_text(task) or not is_text(task_id) or not task.strip():
+        if text_field:
+            text = record[text_field]
+        else:
+            text = turn_text(record, conversations_index, task_field, where)
+        if not is_text(text) or not is_text(task_id) or not text.strip():
             raise UserError(f"{where}: the task is empty or not a text")
-        if response_field and not is_text(record.get(response_field)):
-            raise UserError(f"{where} has no text in field '{response_field}', see --response_field")
-        task = {"id": task_id, "task": task.strip(), "reply": record.get(response_field)}
+        reply = reference_text(record, response_field, "--response_field", where)
+        answer = reference_text(record, answer_field, "--answer_field", where)
+        if response_field and response_field == answer_field and "\\boxed" not in reply:
+            reply = f"\\boxed{{{reply}}}"
+        task = {"id": task_id, "task": text.strip(), "reply": reply, "answer": answer}
         labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
         tasks.append(task | {name: label for name, label in labels.items() if label is not None})
     if subjects:
-        names = {subject_key(t["type"]): str(t["type"]) for t in tasks if "type" in t}
-        wanted = {subject_key(subject): subject for subject in subjects}
-        unknown = [wanted[key] for key in wanted if key not in names]
-        if unknown:
-            raise UserError(f"{path} has no subject {unknown[0]}, it has: {', '.join(names.values()) or 'none'}")
-        tasks = [t for t in tasks if subject_key(t.get("type")) in wanted]
+        tasks = of_subjects(tasks, subjects, path)
     return tasks[:max_samples]
 
 
