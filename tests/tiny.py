@@ -146,9 +146,10 @@ def make_data(directory, n=8, width=32, seed=0):
     return train, messages
 
 
-def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096):
+def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096, tied=False):
     """A random actor with its adapter (message "latent"), or a baseline's actor ("text", "none")."""
-    lm, tokenizer, adapter = make_lm(family, width=width, seed=seed, context=context), make_tokenizer(kind), None
+    lm, tokenizer = make_lm(family, width=width, seed=seed, context=context, tied=tied), make_tokenizer(kind)
+    adapter = None
     init_markers(lm, add_markers(tokenizer))
     info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT, "format_version": 2}
     if message == "latent":
