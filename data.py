@@ -51,7 +51,7 @@ def to_messages(record, task_turn=0, where="conversation"):
         raise UserError(f"{where}: 'conversations' must be a non-empty list of {{'from', 'value'}} turns")
     messages = [read_turn(turn, where) for turn in turns]
     if record.get("system"):
-        messages.insert(0, {"role": "system", "content": str(record["system"]).strip()})
+        messages.insert(0, read_turn({"from": "system", "value": record["system"]}, where))
     system = []
     if messages[0]["role"] == "system":
         system = [messages.pop(0)]
@@ -567,8 +567,8 @@ def read_latents(record):
 
 def check_records(records, path):
     """Raises UserError unless these are records with conversations and an id each, all different."""
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path}: expected a list of records with id and conversations")
+    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path}: expected a non-empty list of records with id and conversations")
     seen = set()
     for n, record in enumerate(records):
         if "id" not in record or not {"conversations", "messages"} & record.keys():

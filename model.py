@@ -572,16 +572,27 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
     return tokenizer
 
 
+# A clock in a template always shows the same day, or a collection that goes on tomorrow would ask another prompt.
+# Templates see no functions but those of transformers (5.24), so strftime_now is a macro that goes before them:
+# https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
+STOPPED_CLOCK = "{% macro strftime_now(format) %}{{ format"
+for code in "aAbBcdefFHIjmMpSTxXyYZ":
+    STOPPED_CLOCK += f" | replace('%{code}', '{CLOCK:%{code}}')"
+STOPPED_CLOCK += " }}{% endmacro %}{{ '' }}"
+
+
 def template_text(tokenizer, messages, add_generation_prompt):
-    """The tokenizer's chat template, rendered. A clock in it always shows the same day, or a collection
-    that goes on tomorrow would ask another prompt. Raises UserError without a template, else whatever
-    the template raises."""
+    """The tokenizer's chat template, rendered. Raises UserError without a template, else whatever the
+    template raises."""
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
                         f"set tokenizer.chat_template and save it")
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = STOPPED_CLOCK + template
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=f"{CLOCK:%d %b %Y}",
-        strftime_now=CLOCK.strftime, **tokenizer.chat_template_kwargs)
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+        date_string=f"{CLOCK:%d %b %Y}", **tokenizer.chat_template_kwargs)
 
 
 def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
