@@ -1,6 +1,4 @@
 """Stage 3: the loss is the definition, the actor stays as it is, and the student is the same for any split or kill."""
-import csv
-import functools
 import json
 import math
 import os
@@ -14,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 import collect
 import compress
-from compress import (TERMS, compression_loss, compression_terms, kl_weights, load_teacher, main, read_three_ways,
-                      student_prompts)
+from compress import (TERMS, compression_loss, compression_terms, kl_weights, load_teacher, main,
+                      read_three_ways)
 from data import PLAN_ANNOUNCEMENT, PLAN_PROMPT, Conversations, encode_conversation, to_messages
 from model import (BOP, EOP, LatentActor, LatentSender, LatentShards, build_sample, collate, left_pad,
                    load_tokenizer, write_shard)
-from tiny import make_actor, make_data, make_tokenizer, save_model
+from tiny import (argv_of, assert_same_curve, checkpoints, column, make_actor, make_data, read_log, same_run,
+                  same_tensors, save_model, snapshot, tensors)
 
 N, K, WIDTH = 7, 3, 24  # rows: no multiple of any batch size below; the sender is narrower than the actor
-TIMING = {"tokens_per_s", "memory_gb"}
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +36,13 @@ def world(tmp_path_factory):
             "actor_files": snapshot(root / "actor")}
 
 
-def argv(world, out, *more):
-    """The last of two equal flags wins."""
-    return [str(a) for a in [
-        "--teacher_model_name_or_path", world["actor"], "--student_model_name_or_path", world["student"],
-        "--train_file", world["train"], "--hidden_data", world["messages"], "--output_dir", out, "--K", K,
-        "--prompt_template", "{task}?", "--learning_rate", 1e-3, "--global_batch_size", 4, "--max_steps", 4,
-        "--eval_ratio", 0.3, "--eval_steps", 2, *more]]
-
-
-def log(out):
-    with open(os.path.join(out, "loss_log.csv")) as f:
-        return list(csv.DictReader(f))
-
-
-def column(out, name):
-    return [float(r[name]) for r in log(out) if r[name]]
-
-
-def assert_same_curve(a, b, tolerance=1e-4):
-    for x, y in zip(log(a), log(b), strict=True):
-        for name in x.keys() - TIMING:
-            assert (x[name] == "") == (y[name] == ""), name
-            if x[name]:
-                assert float(x[name]) == pytest.approx(float(y[name]), rel=tolerance, abs=tolerance), (x["step"], name)
-
-
-def weights(out):
-    return {(name, k): v for name in ("model.safetensors", "latent_bridge.safetensors")
-            for k, v in load_file(os.path.join(out, name)).items()}
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def snapshot(directory):
-    paths = [os.path.join(root, name) for root, _, names in os.walk(directory) for name in names]
-    return {path: os.stat(path).st_mtime_ns for path in paths}
+def argv(world, out, **flags):
+    """The arguments of a short run; `flags` override, None leaves one out."""
+    return argv_of({
+        "teacher_model_name_or_path": world["actor"], "student_model_name_or_path": world["student"],
+        "train_file": world["train"], "hidden_data": world["messages"], "output_dir": out, "K": K,
+        "prompt_template": "{task}?", "learning_rate": 1e-3, "global_batch_size": 4, "max_steps": 4,
+        "eval_ratio": 0.3, "eval_steps": 2, **flags})
 
 
 def write(path, records):
@@ -85,7 +51,7 @@ def write(path, records):
     return str(path)
 
 
-def rows_of(world):
+def records_of(world):
     with open(world["train"]) as f:
         return json.load(f)
 
@@ -201,8 +167,8 @@ def test_every_state_of_the_data_message_counts(teacher, micro, state):
 
 
 def test_lambdas_weigh_the_terms(world, tmp_path):
-    main(argv(world, tmp_path / "o", "--lambda_task", 0.5, "--lambda_kl", 0.1, "--lambda_align", 2))
-    for row in log(tmp_path / "o"):
+    main(argv(world, tmp_path / "o", lambda_task=0.5, lambda_kl=0.1, lambda_align=2))
+    for row in read_log(tmp_path / "o"):
         task, kl, align, loss = (float(row[k]) for k in [*TERMS, "loss"])
         assert loss == pytest.approx(0.5 * task + 0.1 * kl + 2 * align, rel=1e-4) and min(task, kl, align) > 0
 
@@ -313,20 +279,21 @@ def reference(world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("more", [["--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1],
-                                  ["--per_device_train_batch_size", 3], ["--gradient_checkpointing", "true"]])
-def test_memory_flags_change_no_result(world, reference, tmp_path, more):
-    main(argv(world, tmp_path / "o", *more))
+@pytest.mark.parametrize("flags", [{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
+                                   {"per_device_train_batch_size": 3}, {"gradient_checkpointing": "true"},
+                                   {"self_check": "false", "bf16": "false", "logging_steps": 3}])
+def test_flags_that_change_no_result(world, reference, tmp_path, flags):
+    main(argv(world, tmp_path / "o", **flags))
     assert_same_curve(tmp_path / "o", reference)
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "true"]])
-def test_bf16_teacher_and_autocast_give_nearly_the_same_curve(world, tmp_path, more):
+@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": "true"}])
+def test_bf16_teacher_and_autocast_give_nearly_the_same_curve(world, tmp_path, flags):
     """What CUDA does, on a CPU: the actor is loaded in bf16, the student computes in bf16 over fp32 parameters."""
-    small = ["--learning_rate", 1e-6]  # larger steps of a random student leave their course
-    main(argv(world, tmp_path / "fp32", *small))
-    main(argv(world, tmp_path / "bf16", *small, *more, "--bf16", "true"))
-    assert {v.dtype for v in weights(tmp_path / "bf16").values()} == {torch.float32}
+    small = {"learning_rate": 1e-6}  # larger steps of a random student leave their course
+    main(argv(world, tmp_path / "fp32", **small))
+    main(argv(world, tmp_path / "bf16", **small, **flags, bf16="true"))
+    assert {tensor.dtype for tensor in tensors(tmp_path / "bf16").values()} == {torch.float32}
     assert column(tmp_path / "bf16", "loss") != column(tmp_path / "fp32", "loss")  # it was on
     for name in ("loss", "task", "kl", "align", "eval_loss"):
         assert column(tmp_path / "bf16", name) == pytest.approx(column(tmp_path / "fp32", name), rel=0.03), name
@@ -335,9 +302,7 @@ def test_bf16_teacher_and_autocast_give_nearly_the_same_curve(world, tmp_path, m
 
 def test_schedule_and_optimizer_flags(world, tmp_path):
     out = tmp_path / "o"
-    flags = argv(world, out, "--num_train_epochs", 4.5, "--warmup_ratio", 0.5, "--adam_beta2", 0.9, "--eval_ratio", 0)
-    n = flags.index("--max_steps")
-    main(flags[:n] + flags[n + 2:])
+    main(argv(world, out, max_steps=None, num_train_epochs=4.5, warmup_ratio=0.5, adam_beta2=0.9, eval_ratio=0))
     rates = column(out, "lr")
     steps = len(rates)
     assert steps == math.ceil(4.5 * N / 4) and rates.index(max(rates)) == round(steps / 2) - 1
@@ -353,7 +318,7 @@ def test_compiled_layers_change_no_result(world, reference, tmp_path, monkeypatc
         return compile_layer(self, backend="eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    main(argv(world, tmp_path / "o", "--compile", "true"))
+    main(argv(world, tmp_path / "o", compile="true"))
     assert_same_curve(tmp_path / "o", reference)
     assert len(compiled) == 2  # the actor's; the student's cache grows
 
@@ -376,13 +341,13 @@ def dies_at(monkeypatch, target, name, call):
     monkeypatch.setattr(target, name, wrapper)
 
 
-LONG = ["--max_steps", 6, "--save_steps", 2, "--weight_decay", 0.1]
+LONG = {"max_steps": 6, "save_steps": 2, "weight_decay": 0.1}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("uninterrupted") / "o")
-    main(argv(world, out, *LONG))
+    main(argv(world, out, **LONG))
     return out
 
 
@@ -394,68 +359,58 @@ def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, tmp_path, mo
     with monkeypatch.context() as patch:
         dies_at(patch, target, name, call)
         with pytest.raises(Killed):
-            main(argv(world, out, *LONG))
-    for f in (f for f in os.listdir(out) if f.startswith("checkpoint")):  # whatever is there by its final name is whole
-        assert set(os.listdir(out / f)) == set(os.listdir(os.path.join(uninterrupted, "checkpoint-6")))
-    main(argv(world, out, *LONG))
-    assert sorted(os.listdir(out)) == sorted(os.listdir(uninterrupted))
-    checkpoint = "checkpoint-6"
-    assert same_weights(out, uninterrupted) and same_weights(out / checkpoint, os.path.join(uninterrupted, checkpoint))
-    a, b = (torch.load(os.path.join(d, checkpoint, "optimizer.pt")) for d in (out, uninterrupted))
-    assert json.dumps(a["param_groups"]) == json.dumps(b["param_groups"])  # a tuple of betas comes back as a list
-    assert a["state"].keys() == b["state"].keys() and a["state"]
-    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
-    for x, y in zip(log(out), log(uninterrupted), strict=True):
-        assert {k: v for k, v in x.items() if k not in TIMING} == {k: v for k, v in y.items() if k not in TIMING}
-    states = [json.load(open(os.path.join(d, "trainer_state.json"))) for d in (out, uninterrupted)]
-    assert states[0] == states[1] and states[0]["step"] == 6
+            main(argv(world, out, **LONG))
+    for checkpoint in checkpoints(out):  # whatever is there by its final name is whole
+        assert sorted(os.listdir(out / checkpoint)) == sorted(os.listdir(os.path.join(uninterrupted, "checkpoint-6")))
+    main(argv(world, out, **LONG))
+    assert same_run(out, uninterrupted) and len(read_log(out)) == 6
 
 
 def test_finished_run_says_so_and_does_nothing(world, uninterrupted, capsys):
     before = snapshot(uninterrupted)
-    main(argv(world, uninterrupted, *LONG))
+    main(argv(world, uninterrupted, **LONG))
     assert "is finished (6 steps)" in capsys.readouterr().out and snapshot(uninterrupted) == before
 
 
 def test_changed_flags_on_resume(world, uninterrupted, refuses, tmp_path):
     before = snapshot(uninterrupted)
-    refuses(main, argv(world, uninterrupted, *LONG, "--K", 4, "--lambda_kl", 0.1), "--K", "--lambda_kl",
+    refuses(main, argv(world, uninterrupted, **LONG | {"K": 4, "lambda_kl": 0.1}), "--K", "--lambda_kl",
             "--resume never")
-    refuses(main, argv(world, tmp_path / "o", "--resume", tmp_path / "nowhere"), "nowhere")
+    refuses(main, argv(world, tmp_path / "o", resume=tmp_path / "nowhere"), "nowhere")
     assert snapshot(uninterrupted) == before
 
 
 def test_early_stopping_and_the_best_student(world, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    losses, out = iter([3.0, 2.0, 2.5, 2.1, 1.0]), tmp_path / "o"
     monkeypatch.setattr(compress, "evaluate", lambda *args, **flags: next(losses))
-    main(argv(world, tmp_path / "o", "--max_steps", 9, "--eval_steps", 1, "--save_steps", 1,
-              "--early_stopping_patience", 2))
-    assert column(tmp_path / "o", "eval_loss") == [3.0, 2.0, 2.5, 2.1]  # two evaluations without a new best
-    assert same_weights(tmp_path / "o", tmp_path / "o" / "checkpoint-2")
-    assert not same_weights(tmp_path / "o", tmp_path / "o" / "checkpoint-4")
+    main(argv(world, out, max_steps=9, eval_steps=1, save_steps=1, save_total_limit=1, early_stopping_patience=2))
+    assert column(out, "eval_loss") == [3.0, 2.0, 2.5, 2.1]  # two evaluations without a new best
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]  # the best and the last
+    assert same_tensors(out, out / "checkpoint-2") and not same_tensors(out, out / "checkpoint-4")
 
 
 # ---- the student directory
 
-def collected(student, world, out, prompt=("--prompt_template", "{task}?")):
+def collected(student, world, out, **flags):
     """The messages that collect.py writes with a student, for the tasks of the training file."""
     shards = LatentShards(world["messages"])
     tasks = write(f"{out}.json", [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
-    collect.main(["custom", "--model_name_or_path", str(student), "--dataset_path", tasks, "--output_dir", str(out),
-                  *prompt, "--latent_steps", str(K), "--torch_dtype", "fp32", "--batch_size", "3"])
+    collect.main(["custom", *argv_of({
+        "model_name_or_path": student, "dataset_path": tasks, "output_dir": out, "latent_steps": K,
+        "torch_dtype": "fp32", "batch_size": 3, **flags})])
     return LatentShards(str(out))
 
 
 def test_collected_messages_have_the_logged_loss(world, tmp_path):
     """Through collect.py's files and plain Hugging Face, the kept student has the lowest logged eval_loss."""
-    out = tmp_path / "o"
-    eval_file = write(tmp_path / "eval.json", rows_of(world)[4:])
-    main(argv(world, out, "--eval_file", eval_file, "--eval_ratio", 0, "--eval_steps", 1, "--learning_rate", 0.02))
+    out, held_out = tmp_path / "o", records_of(world)[4:]
+    eval_file = write(tmp_path / "eval.json", held_out)
+    main(argv(world, out, eval_file=eval_file, eval_ratio=0, eval_steps=1, learning_rate=0.02))
     shards, actor = collected(out, world, tmp_path / "m"), LatentActor.load(world["actor"])
     total = tokens = 0
-    for row in rows_of(world)[4:]:
-        before, after, labels = encode_conversation(actor.tokenizer, to_messages(row), PLAN_ANNOUNCEMENT)
-        table, H = actor.lm.get_input_embeddings(), shards[row["id"]]
+    for record in held_out:
+        before, after, labels = encode_conversation(actor.tokenizer, to_messages(record), PLAN_ANNOUNCEMENT)
+        table, H = actor.lm.get_input_embeddings(), shards[record["id"]]
         assert H.shape == (K, WIDTH)
         with torch.no_grad():
             message = actor.adapter(H[None], torch.ones(1, K, dtype=torch.bool))[0]
@@ -478,8 +433,9 @@ def test_student_directory(world, reference, tmp_path):
     assert {"loss_log.csv", "loss_curve.png", "trainer_state.json"} <= set(os.listdir(reference))
     shutil.copytree(reference, tmp_path / "bridgeless")
     os.remove(tmp_path / "bridgeless" / "latent_bridge.safetensors")
-    trained, bridgeless, untrained = (collected(student, world, tmp_path / name) for name, student in (
-        ("m", reference), ("b", tmp_path / "bridgeless"), ("u", world["student"])))
+    trained, bridgeless, untrained = (
+        collected(student, world, tmp_path / name, prompt_template="{task}?") for name, student in (
+            ("m", reference), ("b", tmp_path / "bridgeless"), ("u", world["student"])))
     for task_id in trained.records:
         assert (trained[task_id] - bridgeless[task_id]).abs().amax(-1)[1:].min() > 1e-4
         assert (trained[task_id] - untrained[task_id]).abs().max() > 1e-3
@@ -497,22 +453,42 @@ def test_a_damaged_bridge_is_one_line(world, reference, tmp_path, refuses):
     refuses(collect.main, argv, bridge, "missing", "bridge.weight")
 
 
-def test_prompts_go_from_the_sender_to_its_student_and_on(world, reference, tmp_path, capsys):
+def first_prompt(capsys):
+    return capsys.readouterr().out.split("first prompt of the student: ")[1]
+
+
+def test_prompts_go_from_the_sender_to_its_student_and_on(world, tmp_path, capsys):
     """Without the flag a student is asked what the sender of the full messages was, and later the same."""
     shards = LatentShards(world["messages"])
     write_shard(str(tmp_path / "full" / "latents-rank00000-00000.safetensors"), {k: shards[k] for k in shards.records},
                 shards.records, shards.sender | {"prompt_template": "Say {task} shorter."})
-    flags = argv(world, tmp_path / "o", "--hidden_data", tmp_path / "full", "--max_steps", 1)
-    i = flags.index("--prompt_template")
-    main(flags[:i] + flags[i + 2:])
-    assert "Say task t" in capsys.readouterr().out.split("first prompt of the student: ")[1]
-    assert collected(tmp_path / "o", world, tmp_path / "m", ()).sender["prompt_template"] == "Say {task} shorter."
-    assert collected(world["student"], world, tmp_path / "u", ()).sender["prompt_template"] == PLAN_PROMPT
+    main(argv(world, tmp_path / "o", hidden_data=tmp_path / "full", max_steps=1, prompt_template=None))
+    assert "Say task t" in first_prompt(capsys)
+    assert collected(tmp_path / "o", world, tmp_path / "m").sender["prompt_template"] == "Say {task} shorter."
+    assert collected(world["student"], world, tmp_path / "u").sender["prompt_template"] == PLAN_PROMPT
+
+
+@pytest.mark.parametrize("of_the_sender", [False, True])
+def test_chat_template_kwargs_go_the_same_way(world, tmp_path, capsys, of_the_sender):
+    """What the student's template is given, by the flag or as the sender's was, stays with the student."""
+    brief, full, shards = {"mood": "brief"}, str(tmp_path / "full"), LatentShards(world["messages"])
+    student = save_model(tmp_path / "s", "llama", "chatml", width=WIDTH)
+    tokenizer = load_tokenizer(student)
+    tokenizer.chat_template = tokenizer.chat_template.replace("helpful", "{{ mood | default('helpful') }}")
+    tokenizer.save_pretrained(student)
+    write_shard(f"{full}/latents-rank00000-00000.safetensors", {k: shards[k] for k in shards.records},
+                shards.records, shards.sender | {"chat_template_kwargs": brief})
+    flags = {"hidden_data": full} if of_the_sender else {"chat_template_kwargs": json.dumps(brief)}
+    main(argv({**world, "student": student}, tmp_path / "o", max_steps=1, **flags))
+    assert "You are brief." in first_prompt(capsys)
+    assert collected(tmp_path / "o", world, tmp_path / "m").sender["chat_template_kwargs"] == brief
+    main(argv({**world, "student": student}, tmp_path / "default", max_steps=1))
+    assert "You are helpful." in first_prompt(capsys)
 
 
 def test_student_reads_the_senders_task_in_its_own_template(world, tmp_path, capsys):
-    main(argv(world, tmp_path / "o", "--max_steps", 1))
-    prompt = capsys.readouterr().out.split("first prompt of the student: ")[1]
+    main(argv(world, tmp_path / "o", max_steps=1))
+    prompt = first_prompt(capsys)
     assert prompt.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\ntask t")
     assert prompt.count("<|begin_of_text|>") == 1 and "?<|eot_id|>" in prompt and "<|im_start|>" not in prompt
 
@@ -527,12 +503,11 @@ def test_same_width_and_family(tmp_path):
 
 def test_student_learns(world, tmp_path):
     """What to reply stands in the student's prompt only; the frozen (random) actor hears it from K latents."""
-    rows = [{"id": f"t{i}", "conversations": [{"from": "human", "value": "what now?"},
-                                              {"from": "gpt", "value": "abcd"[i % 4]}]}
-            for i in range(N)]
-    train = write(tmp_path / "t.json", rows)
-    main(argv({**world, "train": train}, tmp_path / "o", "--max_steps", 25, "--eval_file", train, "--eval_ratio", 0,
-              "--eval_steps", 5, "--global_batch_size", N, "--per_device_train_batch_size", N, "--learning_rate", 0.01))
+    train = write(tmp_path / "t.json", [
+        {"id": f"t{i}", "conversations": [{"from": "human", "value": "what now?"},
+                                          {"from": "gpt", "value": "abcd"[i % 4]}]} for i in range(N)])
+    main(argv({**world, "train": train}, tmp_path / "o", max_steps=25, eval_file=train, eval_ratio=0, eval_steps=5,
+              global_batch_size=N, per_device_train_batch_size=N, learning_rate=0.01))
     losses, kl = column(tmp_path / "o", "eval_loss"), column(tmp_path / "o", "kl")
     assert losses[-1] < losses[0] - 0.5 and kl[-1] < 0.8 * kl[0]
 
@@ -540,19 +515,24 @@ def test_student_learns(world, tmp_path):
 # ---- bad input
 
 @pytest.mark.parametrize("flags, words", [
-    (["--K", 0], ["--K", "at least 1"]), (["--K", 5000], ["id t", "K = 5000", "4096"]),
-    (["--surprise", 1], ["--surprise"]),
-    (["--teacher_model_name_or_path", "/nowhere"], ["/nowhere"]),
-    (["--student_model_name_or_path", "/nowhere"], ["/nowhere"]),
-    (["--train_file", "/nowhere.json"], ["no file /nowhere.json"]),
-    (["--hidden_data", "/nowhere"], ["no directory /nowhere"]),
-    (["--eval_file", "/nowhere.json"], ["no file /nowhere.json"]), (["--prompt_template", "Plan."], ["{task}"]),
-    (["--model_max_length", 50], ["context of 50", "id t"]),
-    (["--prepended_length", 3], ["--prepended_length 3", "id t"]),
-    (["--eval_ratio", 1], ["no training samples"]), (["--task_turn", 4], ["--task_turn 4", "id t0"]),
-    (["--gradient_checkpointing", "maybe"], ["--gradient_checkpointing"])], ids=lambda words: " ".join(map(str, words)))
+    ({"K": 0}, ["--K", "at least 1"]),
+    ({"K": 5000}, ["id t", "K = 5000", "4096"]),
+    ({"surprise": 1}, ["--surprise"]),
+    ({"teacher_model_name_or_path": "/nowhere"}, ["/nowhere"]),
+    ({"student_model_name_or_path": "/nowhere"}, ["/nowhere"]),
+    ({"train_file": "/nowhere.json"}, ["no file /nowhere.json"]),
+    ({"hidden_data": "/nowhere"}, ["no directory /nowhere"]),
+    ({"eval_file": "/nowhere.json"}, ["no file /nowhere.json"]),
+    ({"prompt_template": "Plan."}, ["{task}"]),
+    ({"chat_template_kwargs": "thinking"}, ["--chat_template_kwargs", "JSON"]),
+    ({"model_max_length": 50}, ["context of 50", "id t"]),
+    ({"prepended_length": 3}, ["--prepended_length 3", "id t"]),
+    ({"eval_ratio": 1}, ["no training samples"]),
+    ({"task_turn": 4}, ["--task_turn 4", "id t0"]),
+    ({"fsdp": "true"}, ["--fsdp", "torchrun"]),
+    ({"gradient_checkpointing": "maybe"}, ["--gradient_checkpointing"])], ids=str)
 def test_bad_flags(world, tmp_path, refuses, flags, words):
-    refuses(main, argv(world, tmp_path / "o", *flags), *words)
+    refuses(main, argv(world, tmp_path / "o", **flags), *words)
     assert not os.path.exists(tmp_path / "o")
 
 
@@ -569,21 +549,21 @@ def test_widths_must_fit_the_adapter(world, tmp_path, refuses):
     refuses(main, argv({**world, "messages": messages}, tmp_path / "o"), f"{WIDTH} wide", "is 32")
     make_actor(sender_dim=32).save(str(tmp_path / "actor"))
     refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o"), "32 wide", f"is {WIDTH}")
-    inline = [{**row, "hidden_state": [[1.0] * 32] * 4, "plan": "x"} for row in rows_of(world)]
+    inline = [{**record, "hidden_state": [[1.0] * 32] * 4, "plan": "x"} for record in records_of(world)]
     train = write(tmp_path / "inline.json", inline)
     refuses(main, argv({**world, "train": train}, tmp_path / "o"), "id t0", "32", str(WIDTH))
 
 
 def test_ids_without_a_message(world, tmp_path, refuses):
-    rows = rows_of(world)
-    stranger = write(tmp_path / "t.json", rows[:-1] + [{**rows[-1], "id": "stranger"}])
+    *others, last = records_of(world)
+    stranger = write(tmp_path / "t.json", [*others, {**last, "id": "stranger"}])
     refuses(main, argv({**world, "train": stranger}, tmp_path / "o"), "id stranger", "no message", "collect.py")
 
 
 def test_latents_must_fit_the_actors_context(world, tmp_path, refuses):
     """K may exceed the data message's length: then it is A's sequence that is too long for the actor."""
     make_actor(sender_dim=WIDTH, context=400).save(str(tmp_path / "actor"))
-    refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o", "--K", 300, "--max_steps", 1),
+    refuses(main, argv({**world, "actor": str(tmp_path / "actor")}, tmp_path / "o", K=300, max_steps=1),
             "id t", "400")
     assert not os.path.exists(tmp_path / "o")
 
@@ -599,8 +579,8 @@ def test_gradient_that_is_not_finite_changes_nothing(world, tmp_path, refuses, m
             terms["align"] = terms["align"] + ((latents - latents.detach()) ** 2).sqrt().sum()  # + 0, gradient NaN
         return terms
     monkeypatch.setattr(compress, "compression_terms", spoiled)
-    refuses(main, argv(world, tmp_path / "o", "--save_steps", 1), "step 2", "gradient", "nothing was updated")
-    assert [f for f in os.listdir(tmp_path / "o") if f.startswith("checkpoint")] == ["checkpoint-1"]
+    refuses(main, argv(world, tmp_path / "o", save_steps=1), "step 2", "gradient", "nothing was updated")
+    assert checkpoints(tmp_path / "o") == ["checkpoint-1"]
 
 
 def test_global_batch_must_divide_over_ranks(world, tmp_path, refuses, monkeypatch):
