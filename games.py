@@ -351,6 +351,8 @@ def sender_tasks(spec, split, max_samples=None, known=None, sender_knows="nothin
     its room. Any other game's sender reads the game's `task`.
     known: {id: {"task"}} of games that were read before; rooms_path: a .json that keeps what is read, so that
     who is killed does not read it again."""
+    if sender_knows != "nothing" and spec != "alfworld":
+        raise UserError("--sender_knows place is for --env alfworld, whose files tell where things are")
     game, games = open_split(spec, split)
     games = games[:max_samples][rank::world]
     texts = {task["id"]: task["task"] for task in games}
@@ -365,8 +367,6 @@ def sender_tasks(spec, split, max_samples=None, known=None, sender_knows="nothin
             if rooms_path:
                 write_json(rooms_path, rooms)
         texts |= {task_id: sender_text(**answer, sender_knows=sender_knows) for task_id, answer in rooms.items()}
-    elif sender_knows != "nothing":
-        raise UserError("--sender_knows place is for --env alfworld, whose files tell where things are")
     texts |= {task_id: record["task"] for task_id, record in (known or {}).items()}
     return [{key: task[key] for key in ("id", "type") if key in task} | {"task": texts[task["id"]].strip()}
             for task in games]

@@ -1,4 +1,4 @@
-"""games.py: the real ALFWorld engine on six small games, and the processes that play them."""
+"""games.py: the real ALFWorld engine on six small games, the processes that play them, and demonstrations."""
 import json
 import os
 import re
@@ -11,8 +11,10 @@ import time
 import pytest
 
 import games
-from common import UserError
-from games import INSTRUCTION, AlfworldGame, Crash, GameWorkers, load_game, sender_tasks
+from common import UserError, read_json, seed_for
+from data import to_messages
+from games import (AlfworldGame, Crash, GameWorkers, load_game, locate, plan_in_words, read_goal, search_route,
+                   sender_tasks, spare_cores)
 
 from alfworld_fixture import GAMES, make_games, memoise_engine
 
@@ -85,7 +87,7 @@ def test_walkthroughs_win_every_game_in_the_other_wording_too(tasks, workers, ag
 @pytest.mark.parametrize("tasks", ["installed", "published"], indirect=True)
 def test_tasks_and_turns_are_in_the_published_format(tasks, capfd, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval_alfworld.py", "--env", "alfworld"])
-    assert [t["id"] for t in tasks] == sorted(t["id"] for t in tasks)
+    assert [t["id"] for t in tasks] == sorted((t["id"] for t in tasks), key=lambda name: seed_for("game", name))
     assert sorted(t["type"] for t in tasks) == sorted(game[0] for game in GAMES)
     task = next(t for t in tasks if t["type"] == "look_at_obj_in_light")
     assert task["id"] == "look_at_obj_in_light-Book-None-DeskLamp-1/trial_1"
@@ -93,13 +95,46 @@ def test_tasks_and_turns_are_in_the_published_format(tasks, capfd, monkeypatch):
 
     game = AlfworldGame()
     turn = game.reset(task)
-    assert turn.startswith(INSTRUCTION + "\n\nYou are in the middle of a room. Looking quickly around you, you see a ")
+    assert turn.startswith("You are in the middle of a room. Looking quickly around you, you see a ")
     assert turn.endswith("\n\nYour task is to: look at book under the desklamp.") and "Welcome" not in turn
     assert game.step("go to shelf 1")[0] == "Observation: On the shelf 1, you see a book 1."
     assert game.step("go to drawer 1")[0] == "Observation: The drawer 1 is closed."
     assert game.reset(tasks[0]) != game.reset(tasks[1])  # a second game in the same object is another game
-    assert AlfworldGame(instruction="Do it.").reset(task).startswith("Do it.\n\nYou are in")
     assert sys.argv == ["eval_alfworld.py", "--env", "alfworld"] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("tasks", ["installed", "published"], indirect=True)
+def test_both_kinds_of_game_files_answer_as_published_transcripts_do(tasks):
+    """What alfworld-download fetches today says "move" and "You move the mug 1 to the shelf 1."."""
+    task = next(t for t in tasks if t["type"] == "pick_and_place_simple")
+    for put in ("put mug 1 in/on shelf 1", "move mug 1 to shelf 1"):
+        game = AlfworldGame()
+        game.reset(task)
+        for action in ("go to cabinet 1", "open cabinet 1", "take mug 1 from cabinet 1", "go to shelf 1"):
+            assert not game.step(action)[3]["invalid"]
+        assert game.step(put)[0] == "Observation: You put the mug 1 in/on the shelf 1."
+
+
+@pytest.mark.parametrize("tasks", ["installed"], indirect=True)
+def test_what_the_engine_remembers_changes_no_answer(tasks, monkeypatch):
+    """Of a game that is played a second time in a process nothing is translated again."""
+    def transcript():
+        game, turns = AlfworldGame(), []
+        for task in tasks[:2] + tasks[:2]:
+            turns.append([game.reset(task)])
+            for action in walkthrough(task):
+                turns[-1] += [sorted(game.admissible), *game.step(action)]
+        return turns
+
+    remembering = transcript()
+    import fast_downward
+    assert fast_downward.pddl2sas.cache_info().hits >= 12  # of 4 requests a reset, at most 2 are new
+    plain = fast_downward.pddl2sas.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_downward, "pddl2sas", plain)
+        patch.setattr(games, "remember_translations", lambda: None)
+        assert transcript() == remembering
+    assert remembering[:2] == remembering[2:]
 
 
 def test_look_wins_nothing_and_the_engines_step_limit_is_not_a_victory(tasks, workers, monkeypatch):
@@ -143,7 +178,7 @@ def test_a_broken_game_file_is_a_crash_of_its_own_slot(tasks, workers, tmp_path)
     broken = []
     changes = [{"pddl_problem": "(define (problem"}, {"grammar": "grammar"}, {"pddl_domain": ""}]
     for number, change in enumerate(changes):
-        broken.append({"gamefile": str(tmp_path / str(number) / "game.tw-pddl")})
+        broken.append({"id": str(number), "gamefile": str(tmp_path / str(number) / "game.tw-pddl")})
         os.makedirs(tmp_path / str(number))
         for name, content in (("game.tw-pddl", game | change), ("traj_data.json", {"task_type": tasks[0]["type"]})):
             (tmp_path / str(number) / name).write_text(json.dumps(content))
@@ -154,10 +189,13 @@ def test_a_broken_game_file_is_a_crash_of_its_own_slot(tasks, workers, tmp_path)
         assert answers[3][-1][3]["won"]
 
 
-def test_parse_action():
+def test_the_action_is_one_line_and_the_reply_ends_with_it():
     assert parse_action("Thought: hm.\nAction: go to shelf 1  \nAction: look") == "go to shelf 1"
     assert parse_action("Action:look") == "look"
     assert [parse_action(reply) for reply in ("go to shelf 1", "Action: \nlook", "")] == [None, None, None]
+    cut = AlfworldGame.cut_reply
+    assert cut("Thought: hm.\nAction: look  \nObservation: a mug 1.\nAction: take it") == "Thought: hm.\nAction: look"
+    assert [cut(text) for text in ("no line", "Action: look", "")] == ["no line", "Action: look", ""]
 
 
 def test_a_damaged_file_is_named(data_dirs, tmp_path, monkeypatch):
@@ -182,14 +220,178 @@ def test_a_damaged_file_is_named(data_dirs, tmp_path, monkeypatch):
         AlfworldGame().tasks("valid_seen")
 
 
-def test_the_sender_reads_room_and_task(tasks, monkeypatch):
-    texts = {task["id"]: task["task"] for task in sender_tasks("alfworld", "valid_seen", 2, {})}
-    game = AlfworldGame(instruction="")
-    assert texts == {task["id"]: game.reset(task).strip() for task in tasks[:2]}
+# ---- what a sender has seen, and demonstrations
+
+def test_the_sender_reads_room_and_task(tasks, tmp_path):
+    texts = {task["id"]: task["task"] for task in sender_tasks("alfworld", "valid_seen", 2)}
+    game = AlfworldGame()
+    assert texts == {task["id"]: game.reset(task) for task in tasks[:2]}
     known = {task["id"]: {"task": f"room {n}"} for n, task in enumerate(tasks)}
-    monkeypatch.setattr(GameWorkers, "reset", None)  # a game that was read before is not started again
-    assert [task["task"] for task in sender_tasks("alfworld", "valid_seen", None, known)] == [
-        f"room {n}" for n in range(6)]
+    read = sender_tasks("alfworld", "valid_seen", known=known)  # a game that was read before is not started again
+    assert [task["task"] for task in read] == [f"room {n}" for n in range(6)]
+    shares = [sender_tasks("alfworld", "valid_seen", 5, known, rank=rank, world=2) for rank in (0, 1)]
+    assert [[task["id"] for task in share] for share in shares] == [
+        [task["id"] for task in tasks[rank:5:2]] for rank in (0, 1)]  # a rank opens its own games only
+
+
+def test_the_place_that_the_sender_knows_is_where_the_things_are(tasks):
+    """The texts of GAMES say where everything lies; the actor's prompt says nothing of it."""
+    texts = {t["id"]: t["task"] for t in sender_tasks("alfworld", "valid_seen", sender_knows="place")}
+    plain = {t["id"]: t["task"] for t in sender_tasks("alfworld", "valid_seen")}
+    for task in tasks:
+        _, thing, target, where, _ = next(game for game in GAMES if game[0] == task["type"])
+        seen, opening = texts[task["id"]].split("\n\n", 1)
+        named = dict(re.findall(r"(\w+ \d+) is at (\w+ \d+)\.", seen))
+        assert opening == plain[task["id"]] == AlfworldGame().reset(task)  # what the actor reads
+        assert seen.startswith("You have seen this house: ") and named.items() <= where.items()
+        wanted = {"look_at_obj_in_light": {thing, target}}.get(task["type"], {thing})
+        assert {name.split()[0] for name in named} == wanted
+        assert len(named) == (2 if task["type"] in ("look_at_obj_in_light", "pick_two_obj_and_place") else 1)
+        assert not any(f"{name} is at" in opening for name in where)
+
+
+def test_only_alfworld_tells_places():
+    with pytest.raises(UserError, match="--sender_knows place is for --env alfworld"):
+        sender_tasks("test_alfworld_engine:Fragile", "any", sender_knows="place")
+
+
+def test_rooms_that_were_read_are_kept_when_killed(tasks, tmp_path, monkeypatch):
+    path = str(tmp_path / "rooms.json")
+    monkeypatch.setattr(games, "ROOMS", {})
+    whole = sender_tasks("alfworld", "valid_seen", sender_knows="place", rooms_path=path)
+    rooms = read_json(path)
+    assert rooms.keys() == {task["id"] for task in tasks}
+    for room in list(rooms)[:4]:  # as if it had been killed after two
+        del rooms[room]
+    kept, = list(rooms.values())[:1]
+    kept["opening"] += " A mark."
+    games.write_json(path, rooms)
+    monkeypatch.setattr(games, "ROOMS", {})
+    again = sender_tasks("alfworld", "valid_seen", sender_knows="place", rooms_path=path)
+    assert [a["task"] == b["task"] for a, b in zip(again, whole)].count(False) == 1
+    assert sum(task["task"].endswith(" A mark.") for task in again) == 1 and len(read_json(path)) == 6
+
+
+@pytest.fixture(scope="module")
+def demonstrations(data_dirs, tmp_path_factory):
+    """What `games.py demonstrate` writes about the six games -> its directory."""
+    out = tmp_path_factory.mktemp("demonstrations")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ALFWORLD_DATA", data_dirs["installed"])
+        games.main(["demonstrate", "--split", "valid_seen", "--output_dir", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("tasks", ["installed", "published"], indirect=True)
+@pytest.mark.parametrize("name", ["direct", "search"])
+def test_every_demonstration_wins(tasks, demonstrations, name):
+    """Each is played again, action by action, in both wordings of the game files."""
+    records = {record["id"]: record for record in read_json(str(demonstrations / f"valid_seen_{name}.jsonl"))}
+    assert records.keys() == {task["id"] for task in tasks}
+    game = AlfworldGame()
+    for task in tasks:
+        turns = records[task["id"]]["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert turns[1]["value"] == "OK" and "Your task is to:" not in turns[0]["value"]
+        assert turns[2]["value"] == game.reset(task)
+        steps = [game.step(parse_action(turn["value"])) for turn in turns[3::2]]
+        assert [step[0] for step in steps[:-1]] == [turn["value"] for turn in turns[4::2]]
+        assert [info["won"] for *_, info in steps] == [False] * (len(steps) - 1) + [True]
+        assert not any(info["invalid"] for *_, info in steps)
+        messages = to_messages(records[task["id"]], task_turn=2)  # as train_actor.py reads it
+        assert messages[0]["content"] == turns[0]["value"] + "\n\n" + turns[2]["value"]
+
+
+def test_one_who_knows_the_place_goes_there_and_one_who_does_not_searches(tasks, demonstrations):
+    direct, search = ({record["type"]: record for record in read_json(str(demonstrations / f"valid_seen_{name}.jsonl"))}
+                      for name in ("direct", "search"))
+
+    def actions(record):
+        return [turn["value"].removeprefix("Action: ") for turn in record["conversations"][3::2]]
+    assert actions(direct["pick_heat_then_place_in_recep"]) == [
+        "go to fridge 1", "open fridge 1", "take egg 1 from fridge 1", "go to microwave 1",
+        "heat egg 1 with microwave 1", "go to garbagecan 1", "put egg 1 in/on garbagecan 1"]
+    assert direct["pick_heat_then_place_in_recep"]["plan"] == (
+        "take egg 1 from fridge 1, heat it with microwave 1, put it in garbagecan 1.")
+    assert direct["look_at_obj_in_light"]["plan"] == (
+        "take book 1 from shelf 1, go to desk 1 and use desklamp 1.")
+    two = direct["pick_two_obj_and_place"]["plan"]  # what lies open comes first
+    assert two == ("take saltshaker 2 from countertop 1, put it in drawer 1, "
+                   "take saltshaker 1 from cabinet 2, put it in drawer 1.")
+    for record in direct.values():
+        assert record["sender_task"].startswith("You have seen this house: ")
+        assert record["sender_task"].endswith(record["conversations"][2]["value"])
+    for kind in direct:
+        assert len(actions(direct[kind])) <= 11 and len(actions(search[kind])) >= len(actions(direct[kind]))
+        assert "plan" not in search[kind]
+    # the egg is in the fridge, the last of the places where one looks; only places that can hold an egg come first
+    looked = [action for action in actions(search["pick_heat_then_place_in_recep"]) if action.startswith("go to")]
+    assert looked[0] == "go to countertop 1" and looked.index("go to fridge 1") > 3
+
+
+def test_demonstrations_go_on_after_a_kill(tasks, demonstrations, tmp_path, capsys):
+    """The file of the searches is written first: what it has beyond the other is made again."""
+    for name, kept in (("direct", 2), ("search", 4)):
+        records = (demonstrations / f"valid_seen_{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"valid_seen_{name}.jsonl").write_text("".join(records[:kept]))
+    games.main(["demonstrate", "--split", "valid_seen", "--output_dir", str(tmp_path)])
+    for name in ("direct", "search"):
+        path = f"valid_seen_{name}.jsonl"
+        again, whole = ((folder / path).read_text().splitlines() for folder in (tmp_path, demonstrations))
+        assert sorted(again) == sorted(whole)
+    capsys.readouterr()
+    games.main(["demonstrate", "--split", "valid_seen", "--output_dir", str(tmp_path)])  # nothing is left: no bar
+    assert "6 of 6 games" in (said := capsys.readouterr()).out and said.err == ""
+    games.main(["demonstrate", "--split", "valid_seen", "--output_dir", str(tmp_path / "short"), "--max_samples", "2",
+                "--max_steps", "3"])
+    assert len(read_json(str(tmp_path / "short" / "valid_seen_direct.jsonl"))) == 2
+    assert read_json(str(tmp_path / "short" / "valid_seen_search.jsonl")) == []  # a longer search is not written
+
+
+def facts(**lists):
+    """{"openable": [("drawer 1",)], ...} as the engine's facts."""
+    from types import SimpleNamespace as Fact
+    return [Fact(name=name, arguments=[Fact(name=argument + " ") for argument in arguments])
+            for name, some in lists.items() for arguments in some]
+
+
+def test_which_of_several_objects_is_fetched():
+    places = ("drawer 1", "drawer 2", "desk 1", "desk 2", "safe 1")
+    house = facts(receptacleatlocation=[(place, "loc") for place in places],
+                  openable=[("drawer 1",), ("drawer 2",), ("safe 1",)], opened=[("safe 1",)],
+                  cancontain=[("drawertype", "pentype"), ("desktype", "pentype"), ("drawertype", "desklamptype")],
+                  inreceptacle=[("pen 1", "drawer 2"), ("pen 2", "desk 2"), ("pen 3", "safe 1"), ("pen 3", "desk 1"),
+                                ("desklamp 1", "desk 1"), ("desklamp 2", "desk 2"), ("mug 1", "desk 1")])
+    goal = {"object": "pen", "count": 1, "verb": None, "place": "drawer", "lamp": None}
+    # one that is open to view, by the order of the places; an object at two places is named once
+    assert locate(goal, house) == ([("pen 3", "desk 1")], ["desk 1"], "drawer 1")
+    # of two, the one that lies at a drawer stays there
+    things, route, target = locate(goal | {"count": 2}, house)
+    assert (things, route, target) == ([("pen 3", "desk 1"), ("pen 1", "drawer 2")], ["desk 1"], "drawer 2")
+    # a lamp beside the object rather than another
+    look = goal | {"place": None, "lamp": "desklamp", "object": "mug"}
+    assert locate(look, house) == ([("mug 1", "desk 1"), ("desklamp 1", "desk 1")], ["desk 1"], None)
+    # a search starts where a pen may lie and what is open to view, and leaves the target out
+    route, target, lamps = search_route(goal, house)
+    assert route == ["desk 1", "desk 2", "drawer 2", "safe 1"] and target == "drawer 1"
+    assert lamps == ["desk 1", "desk 2", "safe 1", "drawer 1", "drawer 2"]
+    assert search_route(goal | {"verb": "clean"}, house)[0] == ["desk 1", "desk 2", "drawer 1", "drawer 2", "safe 1"]
+
+
+def test_goals_are_read_from_the_games(tasks):
+    goals = {task["type"]: tuple(read_goal(task).values()) for task in tasks}
+    assert goals == {
+        "pick_and_place_simple": ("mug", 1, None, "shelf", None),
+        "look_at_obj_in_light": ("book", 1, None, None, "desklamp"),
+        "pick_clean_then_place_in_recep": ("plate", 1, "clean", "cabinet", None),
+        "pick_heat_then_place_in_recep": ("egg", 1, "heat", "garbagecan", None),
+        "pick_cool_then_place_in_recep": ("apple", 1, "cool", "countertop", None),
+        "pick_two_obj_and_place": ("saltshaker", 2, None, "drawer", None)}
+
+
+def test_a_plan_in_words():
+    actions = ["go to bed 1", "take cd 1 from bed 1", "go to drawer 2", "open drawer 2", "put cd 1 in/on drawer 2"]
+    assert plan_in_words(actions) == "take cd 1 from bed 1, put it in drawer 2."
 
 
 class Fragile:
@@ -213,28 +415,54 @@ class Fragile:
         return f"{action} {self.steps}", 0.0, False, {"won": False, "pid": os.getpid()}
 
 
+def hello(slot, word="hello"):
+    return {"id": slot, "task": word}
+
+
+def test_a_game_goes_to_the_process_that_had_it_first(workers):
+    """In whatever slots and order the variants of a game are played: its process remembers it."""
+    games, seen = workers(Fragile, 3), {}
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 1, 4, 0]):
+        games.reset({10 + slot: hello(task_id) for slot, task_id in enumerate(order)})
+        answers = games.step({10 + slot: "go" for slot in range(len(order))})
+        for slot, task_id in enumerate(order):
+            assert seen.setdefault(task_id, answers[10 + slot][3]["pid"]) == answers[10 + slot][3]["pid"]
+    assert len(set(seen.values())) == 3 and seen[0] == seen[3] != seen[1] == seen[4]
+
+
+def test_a_rank_takes_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    shares = []
+    for ranks in (None, "8", "200"):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if ranks:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        shares.append(spare_cores())
+    assert shares == [96, 12, 1]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2, 4])
 def test_exceptions_end_one_game_only(workers, num_workers):
     games = workers(Fragile, num_workers)
-    assert games.reset({s: {"task": "raise" if s == 3 else "hello"} for s in range(4)}) == {
+    assert games.reset({s: hello(s, "raise" if s == 3 else "hello") for s in range(4)}) == {
         0: "hello 1", 1: "hello 1", 2: "hello 1", 3: Crash("ValueError: the shelf fell down")}
     answers = games.step({0: "go", 1: "raise", 2: "exit"})
     assert answers[0][0] == "go 2" and answers[1] == "ValueError: the shelf fell down" and answers[2] == "SystemExit: 3"
     assert [isinstance(answers[s], Crash) for s in range(3)] == [False, True, True]
-    assert games.step({0: "go"})[0][0] == "go 3" and games.reset({1: {"task": "hello"}}) == {1: "hello 1"}
+    assert games.step({0: "go"})[0][0] == "go 3" and games.reset({1: hello(1)}) == {1: "hello 1"}
 
 
 def test_a_killed_process_is_reported_and_replaced(workers):
     games = workers(Fragile, 2)  # slots 0 and 2 share a process, 1 and 3 the other
-    first = games.reset({s: {"task": "die" if s == 3 else "hello"} for s in range(4)})
+    first = games.reset({s: hello(s, "die" if s == 3 else "hello") for s in range(4)})
     assert first == {0: "hello 1", 1: "hello 1", 2: "hello 1", 3: "its process died with exit code -9"}
     assert sorted(games.ms) == [0, 1, 2, 3]
-    games.reset({1: {"task": "hello"}, 3: {"task": "hello"}})
+    games.reset({1: hello(1), 3: hello(3)})
     answers = games.step({0: "die", 1: "go", 2: "go", 3: "go"})
     assert answers[0] == "its process died with exit code -9" and isinstance(answers[0], Crash)
     assert answers[2] == "its process died in another game" and isinstance(answers[2], Crash)
     assert answers[1][0] == answers[3][0] == "go 2"
-    assert games.reset({0: {"task": "hello"}, 2: {"task": "hello"}}) == {0: "hello 1", 2: "hello 1"}
+    assert games.reset({0: hello(0), 2: hello(2)}) == {0: "hello 1", 2: "hello 1"}
     answers = games.step({s: "go" for s in range(4)})
     assert [answers[s][0] for s in range(4)] == ["go 2", "go 3", "go 2", "go 3"]
     os.kill(answers[1][3]["pid"], signal.SIGKILL)  # between two requests: the operating system, out of memory
@@ -246,19 +474,19 @@ def test_a_killed_process_is_reported_and_replaced(workers):
 @pytest.mark.parametrize("method", ["reset", "step"])
 def test_a_game_that_hangs_is_ended_with_its_process_only(workers, method):
     games = workers(Fragile, 2, timeout=0.3)
-    games.reset({s: {"task": "hello"} for s in range(2)})
+    games.reset({s: hello(s) for s in range(2)})
     pid = games.step({0: "go"})[0][3]["pid"]
     words = {0: "hang", 1: "on"}
-    answers = games.step(words) if method == "step" else games.reset({s: {"task": word} for s, word in words.items()})
+    answers = games.step(words) if method == "step" else games.reset({s: hello(s, word) for s, word in words.items()})
     assert answers[0] == "no answer within 0.3 s" and isinstance(answers[0], Crash) and games.ms[0] == 300
     assert not isinstance(answers[1], Crash) and not os.path.exists(f"/proc/{pid}")
     assert isinstance(games.step({0: "go"})[0], Crash)  # the game is gone, and the next one starts
-    assert games.reset({0: {"task": "again"}}) == {0: "again 1"} and games.step({1: "go"})[1][0].startswith("go")
+    assert games.reset({0: hello(0, "again")}) == {0: "again 1"} and games.step({1: "go"})[1][0].startswith("go")
 
 
 def test_processes_overlap(workers):
     games = workers(Fragile, 4)
-    games.reset({s: {"task": "hello"} for s in range(4)})
+    games.reset({s: hello(s) for s in range(4)})
     start = time.perf_counter()
     assert len({info["pid"] for *_, info in games.step(dict.fromkeys(range(4), "sleep")).values()}) == 4
     assert time.perf_counter() - start < 1.5 and all(games.ms[s] >= 500 for s in range(4))  # one after another: 2 s
@@ -268,7 +496,7 @@ def test_processes_end_with_the_evaluator(tmp_path):
     script = tmp_path / "evaluator.py"
     script.write_text(
         "import os, signal\nfrom games import GameWorkers\nfrom test_alfworld_engine import Fragile\n"
-        "games = GameWorkers(Fragile, 3)\ngames.reset({s: {'task': 'hello'} for s in range(3)})\n"
+        "games = GameWorkers(Fragile, 3)\ngames.reset({s: {'id': s, 'task': 'hello'} for s in range(3)})\n"
         "print(*[process.pid for process, _ in games.workers], flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120,
                             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
