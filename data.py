@@ -463,8 +463,9 @@ class Conversations:
             messages = to_messages(self.records[n], task_turn, where)
             before, after, labels = encode_conversation(
                 tokenizer, messages, announcement if message != "none" else None, where)
+            latent_length = self.check_message(n, where) if message == "latent" else 0
             plan_ids = self.plan_ids(n, tokenizer, where) if message != "none" else []
-            message_length = self.check_message(n, where) if message == "latent" else len(plan_ids)
+            message_length = latent_length if message == "latent" else len(plan_ids)
             length = len(before) + max(message_length, len(plan_ids)) + len(after)
             check_lengths(message_length, length, max_message, max_length, where)
             # what the sender was asked, where that is known: all actors may be asked the same

@@ -264,7 +264,8 @@ def main(argv=None):
     # data, all checked before a model is loaded
     source = checkpoint or args.model_name_or_path
     config = load_config(source, args.trust_remote_code)
-    check_num_heads(args.num_heads, config.hidden_size)
+    if latent:
+        check_num_heads(args.num_heads, config.hidden_size)
     tokenizer = load_tokenizer(source, args.trust_remote_code, args.chat_template_kwargs)
     new_ids = add_markers(tokenizer)
     shards = None
@@ -288,7 +289,7 @@ def main(argv=None):
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
     if state["stopped"] and os.path.exists(os.path.join(args.output_dir, "trainer_state.json")):
         if rank == 0:
-            print(f"{args.output_dir} is finished ({max_steps} steps); --resume never trains it again")
+            print(f"{args.output_dir} is finished ({state['step']} steps); --resume never trains it again")
         return
 
     # --------------------------------------------------------------------------------------------
