@@ -403,9 +403,8 @@ def eval_ours(shape, device, folder, batch=16, prompt=200, length=64, turns=5, c
     rows = {"latent": {"variant": "latent", "shards": shards, "keep": 1.0}}
 
     def work():
-        records = play(actor, [("latent", 0, n) for n in range(batch)], tasks, rows=rows, workers=GameWorkers(Toy),
-                       parse_action=str.strip, split="test", seed=0, max_steps=turns, max_new_tokens=REPLY,
-                       temperature=0.0)
+        jobs = [("latent", 0, n) for n in range(batch)]
+        records = play(actor, jobs, tasks, rows, GameWorkers(Toy), game=Toy, max_steps=turns, max_new_tokens=REPLY)
         replies = {int(record["id"]): [turn["reply"] for turn in record["turns"]] for record in records}
         return [replies[n] for n in range(count)]
     return work
