@@ -197,7 +197,8 @@ def compression_loss(logits, targets, temperature):
 
 def pooled_message(actor, batch):
     """Mean of the vectors that the adapter makes of each message: (B, D), fp32."""
-    latents = batch["latents"].to(next(actor.adapter.parameters()).dtype)  # (B, L, d_s)
+    dtype = next(actor.adapter.parameters()).dtype  # bf16 on CUDA
+    latents = batch["latents"].to(dtype)  # (B, L, d_s)
     vectors = actor.adapter(latents, batch["latents_mask"]).float()  # (B, L, D)
     mask = batch["latents_mask"].unsqueeze(-1)
     return (vectors * mask).sum(1) / mask.sum(1)
@@ -207,7 +208,8 @@ def compression_terms(actor, batch, data_batch, silent_batch, temperature):
     """The three terms of the loss -> {"task": summed over labels, "kl" and "align": summed over samples}.
 
     The batches of `read_three_ways`; batch["latents"] carry the gradient, the actor is frozen."""
-    owner = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]  # (N,) position -> sample
+    # labels [[-100 -100 7 8] [-100 9 -100 -100]] -> owner [0 0 1], the sample of each position
+    owner = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]  # (N,)
     with torch.no_grad():
         data_states, _ = actor.hidden_states(data_batch)  # (N, D)
         silent_states, _ = actor.hidden_states(silent_batch)
@@ -231,7 +233,9 @@ def student_prompts(data, tokenizer, template, steps, max_length, max_actor_leng
     for sample_id, task, (before, after, _) in zip(data.ids, data.tasks, data.encoded):
         where = f"{data.path}: id {sample_id}"
         turn = {"role": "user", "content": template.replace("{task}", task)}
-        prompts.append(sum(encode_prompt(tokenizer, [turn], where=where), []))
+        start, end = encode_prompt(tokenizer, [turn], where=where)  # no message stands between them
+        prompts.append(start + end)
+        # the data message was checked by Conversations, but K may be larger
         if len(before) + steps + len(after) > max_actor_length:
             raise UserError(f"{where}: {len(before) + len(after)} tokens + K = {steps} exceed the actor's "
                             f"context of {max_actor_length}: lower --K or shorten the sample")
@@ -324,6 +328,7 @@ def main(argv=None):
     shards = open_shards(args.hidden_data)
     check_teacher(teacher_path, info, {args.student_model_name_or_path: config.hidden_size,
                                        args.hidden_data: shards.hidden_size})
+    # the actor reads what it read in its own training: same announcement, same template
     teacher_tokenizer = load_tokenizer(teacher_path, args.trust_remote_code,
                                        info.get("chat_template_kwargs"))
     actor_context = min(args.model_max_length, context_length(teacher_config))
