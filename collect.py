@@ -33,7 +33,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from common import (SIGTERM_EXIT, Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint,
                     json_object, one_line_errors, positive, progress, read_json, remove, seed_for, share,
                     this_rank, write_json)
-from data import PRESETS, encode_prompt, load_saved, load_tasks, optional, stop_ids
+from data import (ANSWER_FIELDS, ID_FIELDS, PRESETS, encode_prompt, load_saved, load_tasks, optional,
+                  stop_ids)
 from games import SENDER_KNOWS, sender_tasks
 from model import (DTYPES, LatentSender, LatentShards, context_length, decoder_states, left_pad, lm_logits,
                    load_config, load_lm, load_tokenizer, new_cache, next_tokens, open_shards, write_shard)
@@ -55,13 +56,16 @@ def get_args(argv):
                        help="with --env alfworld: place tells the sender where the goal's objects are")
         g.add_argument("--output_dir", required=True,
                        help="where the shards go; an existing directory is continued")
-        g.add_argument("--id_field", default="id", help="field of the task's id")
+        g.add_argument("--id_field", default=ID_FIELDS,
+                       help="field of the task's id; default: unique_id, id or idx, else the position in the file")
         g.add_argument("--task_field", default=task_field,
                        help="field of the task's text; without one conversations are read")
         g.add_argument("--conversations_index", "--task_turn", type=int, default=turn,
                        help="without a task field: the turn of `conversations` that holds the task")
         g.add_argument("--response_field", default=response_field,
                        help="field of the reference reply: also writes train.json for train_actor.py; '': none")
+        g.add_argument("--answer_field", default=ANSWER_FIELDS if response_field else "",
+                       help="field of the bare answer, boxed in train.json where the reply has no box; '': none")
         g.add_argument("--question_template", default=question, help="the actor's question in train.json")
         g.add_argument("--split", default="train", help="of a directory, a hub dataset or a game")
         g.add_argument("--subjects", nargs="+", help="only these values of the field `type` or `subject`")
@@ -451,8 +455,10 @@ def main(argv=None):
         tasks = sender_tasks(args.env, args.split, args.max_samples, done.records, args.sender_knows,
                              rooms_path, rank, world)
     else:
-        every_task = load_tasks(args.dataset_path, args.id_field, args.task_field, args.response_field,
-                                args.conversations_index, args.split, args.subjects, args.max_samples)
+        every_task = load_tasks(
+            args.dataset_path, args.id_field, args.task_field, args.response_field,
+            conversations_index=args.conversations_index, split=args.split, subjects=args.subjects,
+            max_samples=args.max_samples, answer_field=args.answer_field)
         tasks = every_task[rank::world]
 
     # ---- prompts: what the sender reads about each
