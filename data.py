@@ -8,6 +8,7 @@ What the stages read.
 import functools
 import glob
 import importlib
+import json
 import os
 import re
 
@@ -163,25 +164,33 @@ def up_to_control_token(tokenizer, text):
     return ""
 
 
-@functools.lru_cache(maxsize=32)
-def reply_frame(tokenizer, chat_template):
+def reply_frame(tokenizer):
     """What a template writes around a reply -> (lead, end in the middle, end of the last turn), texts.
 
     The lead stands between the generation prompt and the reply: an empty thought (Qwen3), a channel
-    (gpt-oss), a space (Mistral, Llama-2). A turn ends with a control token, and some templates close
-    the last turn with another one than the turns before it (gpt-oss); "" if there is none."""
+    (gpt-oss), a space (Mistral, Llama-2). With enable_thinking true there is none: the model writes its
+    thoughts itself. A turn ends with a control token, and some templates close the last turn with another
+    one than the turns before it (gpt-oss); "" if there is none."""
+    settings = json.dumps(tokenizer.chat_template_kwargs, sort_keys=True)
+    return frame_of_template(tokenizer, tokenizer.chat_template, settings)
+
+
+@functools.lru_cache(maxsize=32)
+def frame_of_template(tokenizer, chat_template, settings):
+    """`reply_frame`, once for each template and its settings."""
     turns = [{"role": role, "content": "-"} for role in ("user", "assistant", "user")]
     where = f"the chat template of {tokenizer.name_or_path}"
     prompt = template_text(tokenizer, turns[:1], True)
     last = template_pieces(tokenizer, turns[:2], False, where)
     middle = template_pieces(tokenizer, turns, False, where)
-    opening, after_middle, after_last = "".join(last[:3]), middle[4], last[4]
-    lead = opening.removeprefix(prompt) if opening.startswith(prompt) else ""
-    return lead, up_to_control_token(tokenizer, after_middle), up_to_control_token(tokenizer, after_last)
+    opening, lead = "".join(last[:3]), ""
+    if opening.startswith(prompt) and not tokenizer.chat_template_kwargs.get("enable_thinking"):
+        lead = opening.removeprefix(prompt)
+    return lead, up_to_control_token(tokenizer, middle[4]), up_to_control_token(tokenizer, last[4])
 
 
 def check_reply_end(tokenizer):
-    if not reply_frame(tokenizer, tokenizer.chat_template)[2]:
+    if not reply_frame(tokenizer)[2]:
         raise UserError(f"the chat template of {tokenizer.name_or_path} ends assistant turns without a control token, "
                         f"so a reply would never end: use a template that writes the end-of-turn token")
 
@@ -190,7 +199,7 @@ def stop_ids(tokenizer, lm=None):
     """Every id that ends a reply: wherever a turn ends in a training sample, and the model's own."""
     stops = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        _, middle_end, last_end = reply_frame(tokenizer, tokenizer.chat_template)
+        _, middle_end, last_end = reply_frame(tokenizer)
         for end in (middle_end, last_end):
             stops.update(template_ids(tokenizer, end)[-1:])
     if lm is not None:
@@ -213,7 +222,7 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
     of that out. The released code builds the prompts of training and of evaluation in two places, and
     they differ; here every prompt of both is built by this function, turn by turn, as a growing KV
     cache reads it. Where a `reply` is given, two lists follow: its ids and those of its end of turn."""
-    lead, _, end_of_turn = reply_frame(tokenizer, tokenizer.chat_template)
+    lead, _, end_of_turn = reply_frame(tokenizer)
     texts = template_pieces(tokenizer, messages, True, where)
     texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
     roles = [message["role"] for message in messages]
@@ -245,7 +254,7 @@ def encode_conversation(tokenizer, messages, announcement=None, where="conversat
     labels (for `after`) are the ids of every assistant token including its end of turn, -100 elsewhere.
     No label ever lies in `before`."""
     check_reply_end(tokenizer)
-    _, middle_end, _ = reply_frame(tokenizer, tokenizer.chat_template)
+    _, middle_end, _ = reply_frame(tokenizer)
     middle_end = template_ids(tokenizer, middle_end)[-1:]  # its control token
     before, after, labels, last_end = [], [], [], []
     for k, message in enumerate(messages):

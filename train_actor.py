@@ -1,15 +1,16 @@
-""" Stage 2: the actor learns to read messages: L = L_task + w_sep L_sep + w_align L_align (model.py,
-section 3).
+"""
+Stage 2: the actor learns to read messages: L = L_task + w_sep L_sep + w_align L_align (model.py, 3).
 
-  python train_actor.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --train_file alfworld_sft.json --task_turn 2 \\
-      --hidden_data messages --output_dir actor
+  python train_actor.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --train_file alfworld_sft.json \\
+      --task_turn 2 --hidden_data messages --output_dir actor
   torchrun --nproc_per_node 8 train_actor.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --fsdp true \\
-      --gradient_checkpointing true --train_file alfworld_sft.json --task_turn 2 --hidden_data messages
-      --output_dir actor
+      --gradient_checkpointing true --train_file alfworld_sft.json --task_turn 2 \\
+      --hidden_data messages --output_dir actor
 
 The result is the same on any number of GPUs: --global_batch_size is what you set. --message text and
 --message none train the paper's baselines, CoT (full) and No-CoT. A killed run, started again with the
-same flags, continues from its last checkpoint as if nothing had happened. """
+same flags, continues from its last checkpoint as if nothing had happened.
+"""
 import argparse
 import contextlib
 import functools
