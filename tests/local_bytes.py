@@ -2,21 +2,18 @@
 import importlib
 import json
 
-import torch
 from torch.distributed.tensor import DTensor
-
-OPTIMIZERS, ADAMW = [], torch.optim.AdamW.__init__
-
-
-def keep(self, *args, **kwargs):
-    ADAMW(self, *args, **kwargs)
-    OPTIMIZERS.append(self)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def main(argv):
-    torch.optim.AdamW.__init__ = keep
+    optimizers = set()
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: optimizers.add(optimizer))
     importlib.import_module(argv[0]).main(argv[1:])
-    optimizer, = OPTIMIZERS
-    tensors = [x for p, state in optimizer.state.items() for x in (p, state["exp_avg"], state["exp_avg_sq"])]
-    local = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
-    print(json.dumps([local, sum(x.nbytes for x in tensors)]))
+    optimizer, = optimizers
+    local, whole = 0, 0
+    for parameter, state in optimizer.state.items():
+        for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]):
+            whole += tensor.nbytes
+            local += tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+    print(json.dumps([local, whole]))
