@@ -11,7 +11,8 @@ from common import UserError
 from data import (PLAN_ANNOUNCEMENT, Conversations, another_task, control_tokens, encode_conversation, encode_prompt,
                   final_reply, global_batch, plan_ids_for, split_eval, stop_ids, text_ids, to_messages)
 from model import BOP, EOP, CLOCK, add_markers, load_tokenizer, open_shards
-from tiny import SENTENCEPIECE, SPECIAL, make_data, make_lm, make_tokenizer
+from templates import SENTENCEPIECE, SPECIAL
+from tiny import make_data, make_lm, make_tokenizer
 
 KINDS = sorted(SPECIAL)
 WITHOUT_SYSTEM = {"mistral", "mistral3", "gemma2"}  # their templates refuse a system turn

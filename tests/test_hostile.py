@@ -15,7 +15,8 @@ import train_actor
 from common import UserError, write_json
 from data import Conversations, control_tokens, encode_conversation, reply_frame, to_messages
 from model import BOP, EOP, LatentShards, add_markers, build_sample, collate, open_shards
-from tiny import CHATML, SPECIAL, argv_of, make_data, make_tokenizer, save_model, write_tasks
+from templates import CHATML, SPECIAL
+from tiny import argv_of, make_data, make_tokenizer, save_model, write_tasks
 
 SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 TOKENIZERS = {kind: make_tokenizer(kind) for kind in SPECIAL}

@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers with real chat templates, and data: what the hub would give, made on the spot."""
+"""Tiny random models, tokenizers with families' chat templates, data, and what a run leaves: made on the spot."""
 import csv
 import json
 import os
@@ -12,51 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from common import read_json
 from data import PLAN_ANNOUNCEMENT
 from model import (HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers, write_shard)
-
-# The chat templates of families, each cut down to what it does with messages and a generation prompt.
-CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nYou are helpful."
-          "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # Qwen2.5's, SmolLM2's: a default system turn
-LLAMA3 = ("{% for m in messages %}{% if loop.first %}<|begin_of_text|>{% endif %}<|start_header_id|>{{ m['role'] }}"
-          "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-LLAMA32 = ("<|begin_of_text|>{% if not date_string is defined %}{% if strftime_now is defined %}"  # writes the date
-           "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
-           "{% endif %}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
-           "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}<|start_header_id|>system"
-           "<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: {{ date_string }}\n\n{{ system }}"
-           "<|eot_id|>" + LLAMA3.replace("{% if loop.first %}<|begin_of_text|>{% endif %}", ""))
-MISTRAL = ("<s>{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
-           "'roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-           "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}")
-MISTRAL3 = MISTRAL.replace(" [/INST]", "[/INST]")
-LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + "
-          "'\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-          "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ (system if loop.first else '') + "
-          "m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}")
-GEMMA2 = ("<bos>{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-          "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
-          "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
-QWEN3 = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-         "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
-         "loop.index0 > ns.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
-         "<think>\n\n</think>\n\n{% endif %}{% endif %}")  # an empty thought opens the last reply, and no other
-HARMONY = ("{% for m in messages %}{% if m['role'] == 'assistant' %}A<|chan|>final<|msg|>{{ m['content'] }}"
-           "{{ '<|ret|>' if loop.last else '<|im_end|>' }}{% else %}{{ m['role'] }}<|msg|>{{ m['content'] }}<|im_end|>"
-           "{% endif %}{% endfor %}{% if add_generation_prompt %}A{% endif %}")  # gpt-oss: a channel, two ends of turn
-LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-# name: (template, special tokens, end of text, begin of text)
-SPECIAL = {"chatml": (CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None),
-           "llama3": (LLAMA3, LLAMA3_TOKENS, "<|eot_id|>", "<|begin_of_text|>"),
-           "llama3.2": (LLAMA32, LLAMA3_TOKENS, "<|eot_id|>", "<|begin_of_text|>"),
-           "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
-           "mistral3": (MISTRAL3, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
-           "llama2": (LLAMA2, ["<s>", "</s>"], "</s>", "<s>"),
-           "gemma2": (GEMMA2, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", "<bos>"),
-           "qwen3": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", None),
-           "harmony": (HARMONY, ["<|ret|>", "<|chan|>", "<|msg|>", "<|im_end|>"], "<|ret|>", None)}
-SENTENCEPIECE = {"llama2": "always", "mistral3": "first", "gemma2": "never"}  # when a "▁" goes before a text
+from templates import CHATML, SENTENCEPIECE, SPECIAL  # noqa: F401
 
 
 def byte_level():
@@ -79,7 +35,8 @@ def sentencepiece_like(dummy_prefix):
     else:
         prefix = [normalizers.Prepend("▁")] if dummy_prefix == "always" else []
         tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -105,7 +62,8 @@ def make_lm(family="qwen2", width=32, layers=2, vocab=280, tied=False, seed=0, c
     config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=context,
-        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -117,7 +75,8 @@ def save_model(directory, family="qwen2", kind="chatml", **kwargs):
 
 
 def write_tasks(path, n=6):
-    tasks = [{"id": f"t{i}", "task": f"put {'a very ' * (i % 3)}old cup {i} on shelf {i * i}"} for i in range(n)]
+    tasks = [{"id": f"t{i}", "task": f"put {'a very ' * (i % 3)}old cup {i} on shelf {i * i}"}
+             for i in range(n)]
     with open(path, "w") as f:
         json.dump(tasks, f)
     return tasks
@@ -126,7 +85,8 @@ def write_tasks(path, n=6):
 def conversation(i):
     turns = []
     for k in range(1 + i % 3):
-        turns += [{"from": "human", "value": f"task {i}: you see shelf {k}."}, {"from": "gpt", "value": "go " * (i % 4 + 1)}]
+        turns += [{"from": "human", "value": f"task {i}: you see shelf {k}."},
+                  {"from": "gpt", "value": "go " * (i % 4 + 1)}]
     return {"id": f"t{i}", "conversations": turns}
 
 
@@ -146,14 +106,16 @@ def make_data(directory, n=8, width=32, seed=0):
     return train, messages
 
 
-def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096, tied=False):
+def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096,
+               tied=False):
     """A random actor with its adapter (message "latent"), or a baseline's actor ("text", "none")."""
     lm, tokenizer = make_lm(family, width=width, seed=seed, context=context, tied=tied), make_tokenizer(kind)
     adapter = None
     init_markers(lm, add_markers(tokenizer))
     info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT, "format_version": 2}
     if message == "latent":
-        arguments = {"sender_dim": sender_dim, "dim": width, "num_heads": 4, "output_scale": embedding_rms(lm) / 0.2}
+        arguments = {"sender_dim": sender_dim, "dim": width, "num_heads": 4,
+                     "output_scale": embedding_rms(lm) / 0.2}
         adapter = HiddenStateProcessor(**arguments)
         info |= {"sender": "tiny", "adapter": arguments}
     return LatentActor(lm, tokenizer, adapter, info).eval()
@@ -173,10 +135,14 @@ def argv_of(flags):
     return argv
 
 
+def without_timing(record):
+    return {name: value for name, value in record.items() if name not in TIMING}
+
+
 def read_log(out):
     """The rows of loss_log.csv, without timing."""
     with open(os.path.join(out, "loss_log.csv")) as file:
-        return [{name: value for name, value in row.items() if name not in TIMING} for row in csv.DictReader(file)]
+        return [without_timing(row) for row in csv.DictReader(file)]
 
 
 def column(out, name):
@@ -189,7 +155,8 @@ def assert_same_curve(a, b, tolerance=1e-4, but=()):
         assert x.keys() == y.keys() and [name for name in x if x[name]] == [name for name in y if y[name]]
         for name in x:
             if x[name] and name not in but:
-                assert float(x[name]) == pytest.approx(float(y[name]), rel=tolerance, abs=tolerance), (x["step"], name)
+                expected = pytest.approx(float(y[name]), rel=tolerance, abs=tolerance)
+                assert float(x[name]) == expected, (x["step"], name)
 
 
 def tensors(directory):
@@ -218,7 +185,8 @@ def same_run(a, b):
             return False
         if name:
             p, q = (torch.load(os.path.join(d, "optimizer.pt"), weights_only=True) for d in (x, y))
-            if json.dumps(p["param_groups"]) != json.dumps(q["param_groups"]):  # a tuple may come back as a list
+            # as JSON: a tuple may come back as a list
+            if json.dumps(p["param_groups"]) != json.dumps(q["param_groups"]):
                 return False
             p, q = p["state"], q["state"]
             if p.keys() != q.keys() or not all(torch.equal(p[n][k], q[n][k]) for n in p for k in p[n]):
