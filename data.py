@@ -5,9 +5,11 @@ What the stages read.
     2. tasks              what a sender is asked: files, MATH's directory, a hub dataset
     3. training samples   what an actor learns from: conversations with their messages
 """
+import bisect
 import functools
 import glob
 import importlib
+import itertools
 import json
 import os
 import re
@@ -100,29 +102,27 @@ def template_ids(tokenizer, text):
 
 
 def encode_pieces(tokenizer, pieces):
-    """[(text, is it user-supplied?)] -> ids, and for each id the number of the piece where it ends.
+    """[(text, is it user-supplied?, part)] -> {part: ids}.
 
-    Template and text are tokenized as one string, so the ids are those of
-    apply_chat_template(tokenize=True) even where words join across the border, and offsets tell the
-    pieces apart:
+    Template and text are tokenized as one string, so the ids are those of apply_chat_template(tokenize=True)
+    even where words join across the border, and offsets tell where each token ends:
 
-        "[INST] " + "Find x" + " [/INST]"  ->  [INST] ▁Find ▁x ▁ [/INST]  of pieces  0 1 1 2 2
+        ("[INST] ", "a") ("Find x", "b") (" [/INST]", "c")  ->  {"a": [INST], "b": ▁Find ▁x, "c": ▁ [/INST]}
 
     Only where user-supplied text spells a control token is each piece tokenized alone."""
-    text = "".join(piece for piece, _ in pieces)
-    supplied = "\n".join(piece for piece, is_supplied in pieces if is_supplied)
+    parts = {part: [] for _, _, part in pieces}
+    supplied = "\n".join(text for text, is_supplied, _ in pieces if is_supplied)
     if spells_control_token(tokenizer, supplied):
-        ids, numbers = [], []
-        for n, (piece, is_supplied) in enumerate(pieces):
-            piece_ids = text_ids(tokenizer, piece) if is_supplied else template_ids(tokenizer, piece)
-            ids += piece_ids
-            numbers += [n] * len(piece_ids)
-        return ids, numbers
+        for text, is_supplied, part in pieces:
+            parts[part] += text_ids(tokenizer, text) if is_supplied else template_ids(tokenizer, text)
+        return parts
+    text = "".join(piece for piece, _, _ in pieces)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = np.cumsum([len(piece) for piece, _ in pieces])
-    last_characters = [max(end - 1, start) for start, end in encoding.offset_mapping]
-    numbers = np.searchsorted(ends, last_characters, side="right")
-    return encoding.input_ids, numbers.tolist()
+    ends = list(itertools.accumulate(len(piece) for piece, _, _ in pieces))
+    for token, (start, end) in zip(encoding.input_ids, encoding.offset_mapping):
+        n = bisect.bisect_right(ends, max(start, end - 1))  # the piece that its last character is in
+        parts[pieces[n][2]].append(token)
+    return parts
 
 
 def template_pieces(tokenizer, messages, add_generation_prompt, where):
@@ -154,6 +154,10 @@ def control_tokens(tokenizer, n_tokens):
 
 def spells_control_token(tokenizer, text):
     return any(token in text for token in control_tokens(tokenizer, len(tokenizer)))
+
+
+def starts_with_control_token(tokenizer, text):
+    return text.startswith(tuple(control_tokens(tokenizer, len(tokenizer))))
 
 
 def up_to_control_token(tokenizer, text):
@@ -222,31 +226,35 @@ def encode_prompt(tokenizer, messages, announcement=None, where="conversation", 
     of that out. The released code builds the prompts of training and of evaluation in two places, and
     they differ; here every prompt of both is built by this function, turn by turn, as a growing KV
     cache reads it. Where a `reply` is given, two lists follow: its ids and those of its end of turn."""
+    texts = template_pieces(tokenizer, messages, True, where)  # template, turn 0, template, ..., template
     lead, _, end_of_turn = reply_frame(tokenizer)
-    texts = template_pieces(tokenizer, messages, True, where)
-    texts[-1] += lead.rstrip(" ")  # a space at its end is the start of the reply's first word
     roles = [message["role"] for message in messages]
-    first_human = 2 * roles.index("user") + 1  # pieces: template, turn 0, template, turn 1, ..., template
-    last_reply = 2 * len(roles) - 2 * roles[::-1].index("assistant") - 1 if "assistant" in roles else -1
-    pieces = [(text, n % 2 == 1) for n, text in enumerate(texts)]
-    if announcement is not None:
-        pieces[first_human] = (f"{texts[first_human]}\n{announcement}", True)
-        pieces[first_human + 1] = (BOP + EOP + texts[first_human + 1], False)
+    first_human = roles.index("user")
+    last_reply = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
+    part = "before" if last_reply < 0 else "past"
+    pieces = []  # (text, is it user-supplied?, part)
+    for n in range(len(messages)):
+        template, text = texts[2 * n], texts[2 * n + 1]
+        pieces.append((template, False, part))
+        if n == first_human and part == "before" and announcement is not None:
+            pieces.append((f"{text}\n{announcement}", True, "before"))
+            pieces.append((BOP, False, "before"))
+            pieces.append((EOP, False, "after"))
+        else:
+            pieces.append((text, True, part))
+        if n == last_reply or n == first_human and part == "before":
+            part = "after"
+    # a space at the lead's end is the start of the reply's first word
+    pieces.append((texts[-1] + lead.rstrip(" "), False, "after"))
     if reply is not None:
         spaces = lead[len(lead.rstrip(" ")):]
-        pieces += [(spaces, False), (reply, True), (end_of_turn, False)]
-    ids, numbers = encode_pieces(tokenizer, pieces)
-    # numbers grow from left to right, so a count of those up to a piece is a place in ids
-    start = sum(n <= last_reply for n in numbers)
-    end = sum(n < len(texts) for n in numbers)
-    split = start
-    if last_reply < 0:
-        split = sum(n <= first_human for n in numbers)
-        split += announcement is not None  # <bop>
-    if reply is None:
-        return ids[start:split], ids[split:end]
-    reply_end = sum(n < len(texts) + 2 for n in numbers)
-    return ids[start:split], ids[split:end], ids[end:reply_end], ids[reply_end:]
+        pieces += [(spaces, False, "reply"), (reply, True, "reply"), (end_of_turn, False, "end")]
+    new = [piece for piece in pieces if piece[2] != "past"]
+    if starts_with_control_token(tokenizer, new[0][0]):
+        pieces = new  # no word joins across it, so that the past need not be tokenized again at every turn
+    parts = encode_pieces(tokenizer, pieces)
+    encoded = parts.get("before", []), parts["after"]
+    return encoded if reply is None else (*encoded, parts["reply"], parts["end"])
 
 
 def encode_conversation(tokenizer, messages, announcement=None, where="conversation"):
