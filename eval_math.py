@@ -41,7 +41,7 @@ from collect import uniform_numbers
 from common import (Parser, UserError, boolean, fingerprint, json_object, one_line_errors, plot_bars,
                     positive, progress, seed_for, this_rank, wilson_interval, write_json, write_text)
 from data import (ANSWER_FIELDS, ID_FIELDS, MATH_QUESTION, RESPONSE_FIELDS, TASK_FIELDS, final_reply,
-                  load_tasks, optional, stop_ids)
+                  load_tasks, stop_ids)
 from model import (DTYPES, LatentActor, collate, context_length, decoder_states, lm_logits, new_cache,
                    next_tokens, open_shards)
 from variants import (VARIANTS, actors_of_variants, check_settings, check_variants, collect_messages,
@@ -141,8 +141,9 @@ TEXT = r"\\(?:text(?:rm|normal|up|sf|tt)?|math(?:rm|sf|tt)|[mh]box|operatorname)
 UNIT = ("(?:degree|radian|dollar|cent|yard|mile|second|minute|hour|day|week|month|year|pound|ounce|"
         "gallon|unit|point|grade|way|(?:kilo|centi|milli)?(?:met(?:er|re)|gram|lit(?:er|re)))s?|"
         "inch(?:es)?|foot|feet|ft|in|[ckm]m|kg|lbs?|mph|percent|people")
-RATE = rf"(?:{UNIT}|k?m|[gs]|mi|hr|min|sec)"  # m and s are units only beside a / or a per
-NO_UNIT = r"[^{}]*(?:illion|thousand|hundred|dozen|\b(?:or|and|if|is|more|less|mod|[ie]|[ap]\.?\s?m)\b)"
+RATE = rf"(?:{UNIT}|k?m|[ghs]|mi|hr|min|sec)"  # m and s are units only beside a / or a per
+NO_UNIT = (r"[^{}]*(?:illion|thousand|hundred|dozen|(?<!\^)\d|"
+           r"\b(?:or|and|if|is|more|less|mod|[ie]|[ap]\.?\s?m)\b)")
 POWER = r"(?:\s*\^\s*\{?\d\}?)?\s*\.?\s*"
 
 SPELLINGS = [
@@ -184,9 +185,10 @@ DECIMAL = re.compile(r"(?<![\d.])\d*\.\d+(?![\d.]|\s*\\(?:overline|bar|dot|ldots
 
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+|[<>]=|\*\*|\S")
 SYNONYMS = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac",
+    r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\varnothing": r"\emptyset",
     r"\leq": r"\le", r"\leqslant": r"\le", "<=": r"\le", r"\lt": "<", r"\neq": r"\ne",
-    r"\geq": r"\ge", r"\geqslant": r"\ge", ">=": r"\ge", r"\gt": ">", r"\varnothing": r"\emptyset",
+    r"\geq": r"\ge", r"\geqslant": r"\ge", ">=": r"\ge", r"\gt": ">",
     r"\cdot": r"\times", r"\ast": r"\times", "*": r"\times", "**": "^"}
 OPEN, CLOSE = set(r"( [ { \{".split()), set(r") ] } \}".split())
 RELATIONS = set(r"= < > \le \ge \ne \in \to : ; & | \mid \cap".split())
@@ -405,7 +407,10 @@ def load_grader(name):
     if name == "hendrycks":
         return is_equiv
     if name == "math_verify":
-        return math_verify_grader(optional("math_verify"))
+        try:
+            return math_verify_grader(importlib.import_module("math_verify"))
+        except ImportError:
+            raise UserError("--grader math_verify: pip install math-verify[antlr4_13_2]") from None
     module, _, function = name.partition(":")
     sys.path.append(os.getcwd())
     try:
@@ -417,8 +422,10 @@ def load_grader(name):
 
 def math_verify_grader(math_verify):
     def correct(answer, reference):
-        parsed = [math_verify.parse(rf"\boxed{{{text}}}") for text in (reference, answer or "")]
-        return answer is not None and bool(math_verify.verify(*parsed))
+        if answer is None:
+            return False
+        parsed = [math_verify.parse(rf"\boxed{{{text}}}") for text in (reference, answer)]
+        return math_verify.verify(*parsed)
     return correct
 
 
