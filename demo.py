@@ -468,7 +468,7 @@ def report(out, results, rate, seconds, n_tasks):
     meanings = [MEANING.get(name, name) for name in results]
     rates = [figures[rate] for figures in results.values()]
     intervals = [figures["interval"] for figures in results.values()]
-    xlabel = f"{rate} on {n_tasks} held-out tasks (95 % Wilson interval)"
+    xlabel = f"{rate} on {n_tasks} held-out tasks (95 % interval)"
     plot_bars(f"{out}/results.png", meanings, rates, intervals, xlabel)
 
     print(f"\n{n_tasks} held-out tasks")
@@ -477,7 +477,9 @@ def report(out, results, rate, seconds, n_tasks):
         low, high = figures["interval"]
         line = f"{name:17s}{meaning:36s}{figures[rate]:.3f}     [{low:.3f}, {high:.3f}]"
         if figures.get("message_length"):
-            line += f"  {figures['message_length']:6.1f}  {figures['sender_ms']:6.2f}"
+            line += f"  {figures['message_length']:6.1f}"
+        if figures.get("sender_ms"):
+            line += f"  {figures['sender_ms']:6.2f}"
         print(line)
     print(f"\n{sum(seconds.values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
     print(f"wrote {out}/summary.json and {out}/results.png")
