@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -104,8 +105,9 @@ def template_ids(tokenizer, text):
 def encode_pieces(tokenizer, pieces):
     """[(text, is it user-supplied?, part)] -> {part: ids}.
 
-    Template and text are tokenized as one string, so the ids are those of apply_chat_template(tokenize=True)
-    even where words join across the border, and offsets tell where each token ends:
+    Template and text are tokenized as one string, so the ids are those of
+    apply_chat_template(tokenize=True) even where words join across the border, and offsets tell where
+    each token ends:
 
         ("[INST] ", "a") ("Find x", "b") (" [/INST]", "c")  ->  {"a": [INST], "b": ▁Find ▁x, "c": ▁ [/INST]}
 
@@ -182,15 +184,18 @@ def reply_frame(tokenizer):
 @functools.lru_cache(maxsize=32)
 def frame_of_template(tokenizer, chat_template, settings):
     """`reply_frame`, once for each template and its settings."""
-    turns = [{"role": role, "content": "-"} for role in ("user", "assistant", "user")]
     where = f"the chat template of {tokenizer.name_or_path}"
-    prompt = template_text(tokenizer, turns[:1], True)
-    last = template_pieces(tokenizer, turns[:2], False, where)
-    middle = template_pieces(tokenizer, turns, False, where)
-    opening, lead = "".join(last[:3]), ""
+    user, assistant = {"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}
+    last = template_pieces(tokenizer, [user, assistant], False, where)
+    middle = template_pieces(tokenizer, [user, assistant, user], False, where)
+    prompt = template_text(tokenizer, [user], True)
+    opening = "".join(last[:3])  # up to the reply
+    lead = ""
     if opening.startswith(prompt) and not tokenizer.chat_template_kwargs.get("enable_thinking"):
         lead = opening.removeprefix(prompt)
-    return lead, up_to_control_token(tokenizer, middle[4]), up_to_control_token(tokenizer, last[4])
+    middle_end = up_to_control_token(tokenizer, middle[4])
+    last_end = up_to_control_token(tokenizer, last[4])
+    return lead, middle_end, last_end
 
 
 def check_reply_end(tokenizer):
@@ -311,21 +316,25 @@ def load_saved(path, split):
                         f"{str(error).splitlines()[0]}") from None
 
 
+def by_number(file):
+    """Order of MATH's files: by number, then subject, so that the first N are a mix of subjects."""
+    return len(file.stem), file.stem, file.parent.name
+
+
 def read_math_directory(path, split):
     """MATH's own directory, split/subject/N.json; ids are split/subject/N, whatever is read of it."""
-    names = glob.glob(os.path.join(glob.escape(path), split, "*", "*.json"))
-    if not names:
-        folders = sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
+    files = list(pathlib.Path(path, split).glob("*/*.json"))
+    if not files:
+        folders = sorted(folder.name for folder in pathlib.Path(path).iterdir() if folder.is_dir())
         raise UserError(f"{path} has no problems {split}/<subject>/<number>.json: use a --split of {folders}")
     records = []
-    for name in names:
-        record = read_json(name)
+    for file in sorted(files, key=by_number):
+        record = read_json(str(file))
         if not isinstance(record, dict):
-            raise UserError(f"{name}: expected one problem, found a {type(record).__name__}")
-        subject, number = os.path.relpath(name, os.path.join(path, split)).removesuffix(".json").split(os.sep)
-        records.append({"type": subject, **record, "id": f"{split}/{subject}/{number}"})
-    # by number, then subject: the first N are a mix of subjects
-    return sorted(records, key=lambda r: (len(r["id"].split("/")[2]), r["id"].split("/")[2], r["id"]))
+            raise UserError(f"{file}: expected one problem, found a {type(record).__name__}")
+        subject = file.parent.name
+        records.append({"type": subject, **record, "id": f"{split}/{subject}/{file.stem}"})
+    return records
 
 
 def read_hub(path, split):
@@ -407,7 +416,8 @@ def reference_text(record, field, flag, where):
 
 
 def of_subjects(tasks, subjects, path):
-    """The tasks of these subjects, however they are spelled. Raises UserError for one that no task has."""
+    """The tasks of these subjects, however they are spelled. Raises UserError for one that no task
+    has."""
     names = {subject_key(task["type"]): str(task["type"]) for task in tasks if "type" in task}
     for subject in subjects:
         if subject_key(subject) not in names:
@@ -478,17 +488,22 @@ class Conversations:
         for n in progress(range(len(self.ids)), this_rank()[0], desc=f"read {path}", unit="sample", leave=False):
             where = f"{path}: id {self.ids[n]}"
             messages = to_messages(self.records[n], task_turn, where)
-            before, after, labels = encode_conversation(
-                tokenizer, messages, announcement if message != "none" else None, where)
-            latent_length = self.check_message(n, where) if message == "latent" else 0
-            plan_ids = self.plan_ids(n, tokenizer, where) if message != "none" else []
-            message_length = latent_length if message == "latent" else len(plan_ids)
+            plan_ids, message_length = [], 0
+            with_message = announcement if message != "none" else None
+            encoded = encode_conversation(tokenizer, messages, with_message, where)
+            if message == "latent":
+                message_length = self.check_message(n, where)
+            if message != "none":
+                plan_ids = self.plan_ids(n, tokenizer, where)
+            if message == "text":
+                message_length = len(plan_ids)
+            before, after, labels = encoded
             length = len(before) + max(message_length, len(plan_ids)) + len(after)
             check_lengths(message_length, length, max_message, max_length, where)
             # what the sender was asked, where that is known: all actors may be asked the same
             self.tasks.append(self.stored(n).get("task") or first_human_turn(messages))
             self.messages.append(messages)
-            self.encoded.append((before, after, labels))
+            self.encoded.append(encoded)
             self.plans.append(plan_ids)
             self.message_lengths.append(message_length)
             self.lengths.append(length)
@@ -585,13 +600,15 @@ def read_latents(record):
 
 def check_records(records, path):
     """Raises UserError unless these are records with conversations and an id each, all different."""
-    if not isinstance(records, list) or not records or not all(isinstance(record, dict) for record in records):
+    if not isinstance(records, list) or not records:
         raise UserError(f"{path}: expected a non-empty list of records with id and conversations")
     seen = set()
     for n, record in enumerate(records):
-        if "id" not in record or not {"conversations", "messages"} & record.keys():
-            raise UserError(f"{path}: record {n} needs 'id' and 'conversations', found {', '.join(record)}")
+        if not isinstance(record, dict) or "id" not in record:
+            raise UserError(f"{path}: record {n} needs an 'id' and 'conversations', found {str(record)[:80]}")
         task_id = str(record["id"])
+        if "conversations" not in record and "messages" not in record:
+            raise UserError(f"{path}: id {task_id} has no 'conversations', found {', '.join(record)}")
         if task_id in seen or not is_text(task_id):
             raise UserError(f"{path}: id {task_id!r} occurs twice or is not a text: ids must be unique")
         seen.add(task_id)
