@@ -3,7 +3,8 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -27,7 +28,7 @@ def forked():
 
 @pytest.fixture
 def refuses(capsys):
-    """Calls a script's main with bad input: it must exit with 2 and one line on stderr that holds every given word."""
+    """Calls a script's main with bad input: it must exit with 2 and one line that holds every given word."""
     def call(main, argv, *words):
         with pytest.raises(SystemExit) as exit_info:
             main([str(a) for a in argv])

@@ -1,9 +1,13 @@
 """Real processes without paying for torch's import each time.
 
-`python forked.py` imports the scripts once, then reads one job per line and forks it: {"script", "argv", "world": ranks,
-"event": n, "seconds": s, "signal": k, "env": {...}, "cwd"} runs script.main(argv) in each rank; the signal hits the n-th
-time that a rank touches a file of its output ("on": only in this way), or after s seconds. {"shell": command} runs a
-command.
+`python forked.py` imports the scripts once, then reads one job per line and forks it:
+
+    {"script", "argv", "world": ranks, "event": n, "on": kind, "seconds": s, "signal": k, "env": {...}, "cwd"}
+        runs script.main(argv) in each rank. The signal hits the n-th time that a rank touches a file of its
+        output (only in the way of "on", where it is given), or after s seconds.
+    {"shell": command}
+        runs a command.
+
 Class Forked is the other end of the pipe."""
 import contextlib
 import importlib
@@ -25,8 +29,8 @@ class Forked:
     """Starts the process that forks. `prefix` is a command to start it with, such as unshare."""
 
     def __init__(self, *prefix):
-        self.process = subprocess.Popen([*prefix, sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True)
+        command = [*prefix, sys.executable, os.path.abspath(__file__)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, script, argv, **job):
         """-> {"codes": one per rank (negative: the signal that killed it), "out", "err": a text per rank}."""
@@ -54,8 +58,8 @@ def child(job, rank, world, port, directory):
     os.environ.update(job.get("env", {}))
     os.chdir(job.get("cwd", "."))
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if job.get("event"):
         output, seen = job["argv"][job["argv"].index("--output_dir") + 1], []
 
@@ -93,8 +97,9 @@ def fork(job):
             if pid == 0:
                 child(job, rank, world, port, directory)
             ranks[pid] = rank
-        codes, deadline, struck = [None] * world, time.monotonic() + job.get("timeout", 120), job.get("seconds") is None
+        codes, struck = [None] * world, job.get("seconds") is None
         strike = time.monotonic() + job.get("seconds", 0)
+        deadline = time.monotonic() + job.get("timeout", 120)
         while None in codes:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
@@ -118,8 +123,8 @@ def serve():
     os.dup2(2, 1)
     # the scripts, and what these import only when it is used
     for name in ("collect", "train_actor", "compress", "eval_alfworld", "eval_math", "torch._dynamo",
-                 "torch._inductor.utils", "transformers.core_model_loading", "matplotlib.backends.backend_agg",
-                 "transformers.models.qwen2.modeling_qwen2"):
+                 "torch._inductor.utils", "transformers.core_model_loading",
+                 "matplotlib.backends.backend_agg", "transformers.models.qwen2.modeling_qwen2"):
         with contextlib.suppress(ImportError):  # a script that does not import says so when it is run
             importlib.import_module(name)
     for line in sys.stdin:

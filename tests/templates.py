@@ -1,4 +1,4 @@
-"""The chat templates of nine families, each cut down to what it does with messages and a generation prompt."""
+"""Chat templates of nine families, each cut down to what it does with messages and a generation prompt."""
 
 # Qwen2.5's and SmolLM2's: a default system turn
 CHATML = r"""

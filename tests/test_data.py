@@ -1,4 +1,4 @@
-"""Prompts, training samples and their order: what is read is what the template says, and a mistake is one line."""
+"""Prompts, training samples and their order: the template's ids, the replies as labels, mistakes in one line."""
 import json
 
 import numpy as np
@@ -8,8 +8,9 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from common import UserError
-from data import (PLAN_ANNOUNCEMENT, Conversations, another_task, control_tokens, encode_conversation, encode_prompt,
-                  final_reply, global_batch, plan_ids_for, split_eval, stop_ids, text_ids, to_messages)
+from data import (PLAN_ANNOUNCEMENT, Conversations, another_task, control_tokens, encode_conversation,
+                  encode_prompt, final_reply, global_batch, plan_ids_for, split_eval, stop_ids, text_ids,
+                  to_messages)
 from model import BOP, EOP, CLOCK, add_markers, load_tokenizer, open_shards
 from templates import SENTENCEPIECE, SPECIAL
 from tiny import make_data, make_lm, make_tokenizer
@@ -38,14 +39,15 @@ def template_ids(tokenizer, messages, add_generation_prompt=False):
 
 
 def prompts_of(kinds):
-    return [(kind, system) for kind in kinds for system in (None, "Be brief.") if not system or kind not in WITHOUT_SYSTEM]
+    with_system = [(kind, "Be brief.") for kind in kinds if kind not in WITHOUT_SYSTEM]
+    return [(kind, None) for kind in kinds] + with_system
 
 
 # ---- prompts are the template's
 
 @pytest.mark.parametrize("kind, system", prompts_of(KINDS))
 def test_a_prompt_is_the_templates(kind, system):
-    """Id for id, dummy prefixes and default system turns included; the message goes after the first human turn."""
+    """Id for id, with dummy prefixes and default system turns; the message ends the first human turn."""
     tokenizer = with_markers(kind)
     messages = as_messages(TURNS[:1], system)
     before, after = encode_prompt(tokenizer, messages)
@@ -91,12 +93,12 @@ def test_training_prompt_is_evaluation_prompt_is_template(kind, system, n_turns,
     else:
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += f"\n{announcement}{BOP}{EOP}"
-    if kind != "qwen3" or n_turns == 2:  # Qwen3's leaves its empty thought out of earlier turns; a cache cannot
+    if kind != "qwen3" or n_turns == 2:  # Qwen3's takes empty thoughts out of earlier turns; a cache cannot
         expected = template_ids(tokenizer, messages)
         while expected[-1] not in stop_ids(tokenizer):
             expected.pop()  # ChatML writes a newline behind the last end of turn
         assert ids == expected
-    if tokenizer.bos_token_id is not None and kind != "llama2":  # Llama-2's writes one before every human turn
+    if tokenizer.bos_token_id is not None and kind != "llama2":  # which writes one before every human turn
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -106,16 +108,19 @@ def test_an_empty_thought_is_part_of_the_prompt():
     before, after, labels = encode_conversation(tokenizer, messages)
     thought = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert tokenizer.decode(before + after) == (
-        f"<|im_start|>user\na<|im_end|>\n{thought}b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n{thought}d<|im_end|>")
+        f"<|im_start|>user\na<|im_end|>\n{thought}b<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n{thought}d<|im_end|>")
     assert tokenizer.decode([label for label in labels if label != -100]) == "b<|im_end|>d<|im_end|>"
 
 
 def test_a_lead_of_control_tokens_and_two_ends_of_turn():
-    """gpt-oss: a channel before each reply, another end for the last one. Middle turns end as the template ends them."""
+    """gpt-oss: a channel before each reply, another end for the last one. Middle turns end as the template
+    ends them."""
     tokenizer = with_markers("harmony")
     before, after, labels = encode_conversation(tokenizer, as_messages(["a", "b", "c", "d"]))
     assert tokenizer.decode(before + after) == (
-        "user<|msg|>a<|im_end|>A<|chan|>final<|msg|>b<|im_end|>user<|msg|>c<|im_end|>A<|chan|>final<|msg|>d<|ret|>")
+        "user<|msg|>a<|im_end|>A<|chan|>final<|msg|>b<|im_end|>"
+        "user<|msg|>c<|im_end|>A<|chan|>final<|msg|>d<|ret|>")
     assert tokenizer.decode([label for label in labels if label != -100]) == "b<|im_end|>d<|ret|>"
     ends = tokenizer.convert_tokens_to_ids(["<|ret|>", "<|im_end|>"])
     assert stop_ids(tokenizer) == sorted(ends)
@@ -173,7 +178,7 @@ def test_template_mistakes_name_the_sample():
     for messages in (as_messages(TURNS, system="no"), as_messages(TURNS)[:1] + as_messages(TURNS)):
         with pytest.raises(UserError, match="id t7.*refuses"):
             encode_conversation(tokenizer, messages, where="id t7")
-    tokenizer.chat_template = "{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(UserError, match="drops, moves or repeats a turn"):
         encode_prompt(tokenizer, as_messages(TURNS[:1], system="s"), where="id t7")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -203,7 +208,8 @@ def test_sentencepiece_like_tokenizers_survive_the_disk(tmp_path, kind):
 
 # ---- conversations
 
-ETO = [("human", "instruction"), ("gpt", "OK"), ("human", " the task\n"), ("gpt", "go"), ("human", "seen"), ("gpt", "take")]
+ETO = [("human", "instruction"), ("gpt", "OK"), ("human", " the task\n"), ("gpt", "go"), ("human", "seen"),
+       ("gpt", "take")]
 
 
 def eto(*turns):
@@ -232,14 +238,13 @@ def test_a_system_turn_is_kept_and_not_counted():
 
 def test_other_names_of_the_same():
     expected = as_messages(["a", "b"], system="s")
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert to_messages({"messages": turns}) == to_messages({"conversations": turns}) == expected
+    assert to_messages({"messages": expected}) == to_messages({"conversations": expected}) == expected
     assert to_messages({"messages": eto(("system", "s"), ("user", "a"), ("assistant", "b"))}) == expected
 
 
-@pytest.mark.parametrize("turns", [None, [], "text", eto(("bot", "x")), [{"from": "human"}], ["x"], eto(("gpt", "x")),
-                                   eto(("system", "x")), eto(("gpt", "x"), ("human", "x")),
-                                   eto(("system", "x"), ("system", "x"), ("human", "x"))])
+@pytest.mark.parametrize("turns", [
+    None, [], "text", ["x"], [{"from": "human"}], eto(("bot", "x")), eto(("gpt", "x")), eto(("system", "x")),
+    eto(("gpt", "x"), ("human", "x")), eto(("system", "x"), ("system", "x"), ("human", "x"))])
 def test_malformed_conversations(turns):
     with pytest.raises(UserError, match="id t1"):
         to_messages({"conversations": turns}, where="id t1")
@@ -254,9 +259,8 @@ def test_a_system_field_is_a_text(system):
 def test_plan_ids_only_if_the_vocabulary_is_shared():
     tokenizer = make_tokenizer()
     ids = text_ids(tokenizer, "go to shelf")
-    assert plan_ids_for(tokenizer, "go to shelf", ids) == ids
-    assert plan_ids_for(tokenizer, "go to shelf", [5, 6, 7]) == ids  # another vocabulary: they say another text
-    assert plan_ids_for(tokenizer, "go to shelf", [10**6]) == plan_ids_for(tokenizer, "go to shelf", None) == ids
+    for written in (ids, [5, 6, 7], [10**6], None):  # in another vocabulary they say another text, or none
+        assert plan_ids_for(tokenizer, "go to shelf", written) == ids
 
 
 # ---- training samples
@@ -278,7 +282,8 @@ def read(world, records, name="changed.json", shards="shards", **settings):
 
 def test_samples_hold_what_was_asked_for(world):
     data, shards = Conversations(world["train"], with_markers("chatml"), world["shards"]), world["shards"]
-    assert data.ids == [record["id"] for record in world["records"]] and len(data) == 8 and data.sender_dim == 32
+    assert data.ids == [record["id"] for record in world["records"]]
+    assert len(data) == 8 and data.sender_dim == 32
     for n, task_id in enumerate(data.ids):
         L, (before, after, labels) = len(shards[task_id]), data.encoded[n]
         sample, text, nothing = (data.sample(n, message) for message in ("latent", "text", "none"))
@@ -288,8 +293,10 @@ def test_samples_hold_what_was_asked_for(world):
         plan = make_tokenizer().decode(text["input_ids"][len(before):len(text["input_ids"]) - len(after)])
         assert plan == shards.records[task_id]["plan"] and text["latents"] is None
         assert nothing["input_ids"] == before + after
-        other = data.sample(n, "latent", 0.5, source=(n + 1) % 8)
-        assert torch.equal(other["latents"], shards[data.ids[(n + 1) % 8]]) and other["skip"] == len(other["latents"]) // 2
+        source = (n + 1) % 8
+        other = data.sample(n, "latent", 0.5, source)
+        assert torch.equal(other["latents"], shards[data.ids[source]])
+        assert other["skip"] == data.message_lengths[source] // 2
 
 
 def test_jsonl_is_the_same(world):
@@ -314,16 +321,18 @@ def test_messages_of_the_record_equal_those_of_shards(world, form):
             save_file({"hidden": H}, path)
         records.append(record)
     data, reference = read(world, records, shards=None), read(world, world["records"])
-    assert data.plans == reference.plans and data.encoded == reference.encoded and data.lengths == reference.lengths
+    assert data.plans == reference.plans and data.encoded == reference.encoded
+    assert data.lengths == reference.lengths
     for n in range(len(data)):
         assert torch.equal(data.latents(n), reference.latents(n))
 
 
 def test_what_the_sender_was_asked_tells_tasks_apart(world):
     """All actors may read the same first turn."""
-    records = [{**record, "conversations": eto(("human", "go on"), ("gpt", "go"))} for record in world["records"]]
+    turns = eto(("human", "go on"), ("gpt", "go"))
+    records = [{**record, "plan": "p", "conversations": turns} for record in world["records"]]
     assert len(set(read(world, records).tasks)) == 8
-    assert set(read(world, [{**record, "plan": "p"} for record in records], shards=None, message="text").tasks) == {"go on"}
+    assert set(read(world, records, shards=None, message="text").tasks) == {"go on"}
 
 
 def test_the_instruction_of_a_file_is_kept(world):
@@ -335,7 +344,7 @@ def test_the_instruction_of_a_file_is_kept(world):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"id": 1}\n{"id": 2}\n\n{"id" 4}\n', "line 4"), ('{"id": 1}\n[', "line 2"), ("", "non-empty list of records")])
+    ('{"id": 1}\n{"id": 2}\n\n{"id" 4}\n', "line 4"), ('{"id": 1}\n[', "line 2"), ("", "non-empty list")])
 def test_a_broken_jsonl_names_its_line(world, content, words):
     (world["folder"] / "b.jsonl").write_text(content)
     with pytest.raises(UserError, match=f"b.jsonl.*{words}"):

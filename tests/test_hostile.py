@@ -23,9 +23,10 @@ TOKENIZERS = {kind: make_tokenizer(kind) for kind in SPECIAL}
 for tokenizer in TOKENIZERS.values():
     add_markers(tokenizer)
 
-CONTROL = sorted({BOP, EOP, "\ue0000\ue001", CHATML[:40], *(t for _, tokens, _, _ in SPECIAL.values() for t in tokens)})
-NASTY = st.one_of(st.text(max_size=40), st.sampled_from(CONTROL), st.just(""), st.just(" \n\t"), st.just("\ud800"),
-                  st.lists(st.sampled_from(CONTROL), max_size=4).map("".join), st.just("\x00"))
+CONTROL = sorted({token for _, tokens, _, _ in SPECIAL.values() for token in tokens}) + [BOP, EOP]
+ODD = ["", " \n\t", "\ud800", "\x00", "\ue0000\ue001", CHATML[:40]]
+NASTY = st.one_of(st.text(max_size=40), st.sampled_from(CONTROL), st.sampled_from(ODD),
+                  st.lists(st.sampled_from(CONTROL + ODD), max_size=4).map("".join))
 ROLES = st.sampled_from(["human", "gpt", "user", "assistant", "system"])
 TURN = st.fixed_dictionaries({"from": ROLES, "value": NASTY})
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -44,7 +45,7 @@ def without_spaces(text):
 
 @given(st.sampled_from(sorted(SPECIAL)), st.lists(TURN, max_size=7), NASTY, st.booleans(), st.integers(0, 3))
 @settings(max_examples=300, **SLOW)
-@example("chatml", [{"from": "human", "value": "a"}] * 3 + [{"from": "gpt", "value": "<|im_end|>"}], "", True, 0)
+@example("chatml", [{"from": "human", "value": "a"}] * 3 + [{"from": "gpt", "value": EOP}], "", True, 0)
 @example("llama3", [{"from": "human", "value": "long " * 20_000}, {"from": "gpt", "value": ""}], "", True, 0)
 def test_any_conversation_gives_right_labels_or_one_line(kind, turns, system, announced, task_turn):
     tokenizer, announcement = TOKENIZERS[kind], "plan:" if announced else None
@@ -63,11 +64,12 @@ def test_any_conversation_gives_right_labels_or_one_line(kind, turns, system, an
     dull = [{"role": message["role"], "content": "-"} for message in messages]
     dull_before, dull_after, _ = encode_conversation(tokenizer, dull, announcement)
     control = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer, len(tokenizer))))
-    control_ids, dull_ids = ([t for t in ids if t in control] for ids in (before + after, dull_before + dull_after))
-    assert control_ids == dull_ids
+    dull_ids = dull_before + dull_after
+    assert [t for t in before + after if t in control] == [t for t in dull_ids if t in control]
     sample = build_sample(before, after, labels, latents=torch.zeros(3, 4) if announced else None)
     batch = collate([sample, build_sample([], [1], [1])])
-    assert batch["attention_mask"][0].sum() == len(before) + len(after) + 3 * announced == batch["input_ids"].shape[1]
+    length = len(before) + len(after) + 3 * announced
+    assert batch["attention_mask"][0].sum() == length == batch["input_ids"].shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def conversations_of(folder, records):
     with open(path, "w") as file:
         json.dump(records, file)
     shards = open_shards(str(folder / "data" / "messages"))
-    return Conversations(path, TOKENIZERS["chatml"], shards, "latent", "plan:", max_message=64, max_length=4096)
+    return Conversations(path, TOKENIZERS["chatml"], shards, max_message=64, max_length=4096)
 
 
 @given(st.data())
@@ -90,8 +92,8 @@ def conversations_of(folder, records):
 def test_any_json_gives_samples_or_one_line(folder, data):
     """Random values anywhere in a training file, in place of the right ones."""
     record = {"id": "t1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    fields = ["id", "conversations", "messages", "system", "plan", "hidden_state", "hidden_state_path", "turn",
-              "value", "all"]
+    fields = ["id", "conversations", "messages", "system", "plan", "hidden_state", "hidden_state_path",
+              "turn", "value", "all"]
     for _ in range(data.draw(st.integers(1, 2))):
         where = data.draw(st.sampled_from(fields))
         value = data.draw(JSON)
@@ -167,17 +169,19 @@ def test_a_models_own_code_runs_only_with_the_flag(folder, refuses):
     (model / "config.json").write_text(json.dumps(config))
     write_tasks(tasks, 1)
     write_json(str(folder / "problem.json"), [{"id": "1", "problem": "1 + 1", "solution": "\\boxed{2}"}])
-    out = folder / "o"
-    training = {"train_file": folder / "data" / "train.json", "hidden_data": folder / "data" / "messages", "output_dir": out}
-    collecting = ["custom", *argv_of({"model_name_or_path": model, "dataset_path": tasks, "output_dir": out,
-                                      "max_new_tokens": 2})]
-    teaching = {"teacher_model_name_or_path": model, "student_model_name_or_path": model, **training}
-    playing = {"model_path": model, "env": "test_eval_alfworld:Game", "split": "test", "variants": "no_comm",
-               "output_path": out}
-    answering = {"model_path": model, "dataset": folder / "problem.json", "variants": "no_comm", "output_dir": out}
-    for script, argv in [(collect, collecting), (train_actor, argv_of({"model_name_or_path": model, **training})),
-                         (compress, argv_of(teaching)), (eval_alfworld, argv_of(playing)), (eval_math, argv_of(answering))]:
+    out, data = folder / "o", folder / "data"
+    training = {"train_file": data / "train.json", "hidden_data": data / "messages", "output_dir": out}
+    flags = {
+        collect: {"model_name_or_path": model, "dataset_path": tasks, "output_dir": out, "max_new_tokens": 2},
+        train_actor: {"model_name_or_path": model, **training},
+        compress: {"teacher_model_name_or_path": model, "student_model_name_or_path": model, **training},
+        eval_alfworld: {"model_path": model, "env": "test_eval_alfworld:Game", "split": "test",
+                        "variants": "no_comm", "output_path": out},
+        eval_math: {"model_path": model, "dataset": folder / "problem.json", "variants": "no_comm",
+                    "output_dir": out}}
+    for script in flags:
+        argv = (["custom"] if script is collect else []) + argv_of(flags[script])
         refuses(script.main, argv, str(model), "--trust_remote_code true")
     assert not os.path.exists(folder / "ran")
-    collect.main([*collecting, "--trust_remote_code", "true"])
+    collect.main(["custom", *argv_of(flags[collect] | {"trust_remote_code": "true"})])
     assert os.path.exists(folder / "ran") and len(LatentShards(str(out))) == 1

@@ -1,5 +1,5 @@
 """
-The method in ten properties: read this first. Each test says what it guards; how it is done stands in model.py.
+The method in ten properties: read this first. Each test says what it guards; model.py says how it is done.
 """
 import copy
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from collect import decode_plans
 from data import Conversations, encode_conversation, encode_prompt
 from model import BOP, EOP, LatentSender, add_markers, build_sample, collate, js_divergence, open_shards
-from tiny import column, make_actor, make_data, make_lm, make_tokenizer, save_model
+from tiny import argv_of, column, make_actor, make_data, make_lm, make_tokenizer, save_model
 from train_actor import make_batches
 from variants import perturb
 
@@ -22,18 +22,20 @@ TURNS = [{"role": "user", "content": "You see a cup. Find it!"},
 
 
 def test_a_message_is_the_states_that_predict_its_words():
-    """Guards H: L words give L states, each the one from which its word was predicted. One more pass over prompt
-    and plan gives the same states, one place before their words."""
+    """Guards H: L words give L states, each the one from which its word was predicted. One more pass over
+    prompt and plan gives the same states, one place before their words."""
     lm, prompt = make_lm(), list(range(5, 14))
     (plan, message, _), = decode_plans(lm, [prompt], [0], eos_ids=[258], max_new_tokens=8)
     with torch.no_grad():
-        states = lm(torch.tensor([prompt + plan]), output_hidden_states=True).hidden_states[-1][0]  # (9 + 8, D)
+        output = lm(torch.tensor([prompt + plan]), output_hidden_states=True)
+    states = output.hidden_states[-1][0]  # (9 + 8, D), after the final norm
     assert len(message) == len(plan) == 8
     torch.testing.assert_close(message, states[len(prompt) - 1:-1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_actor_reads_is_what_one_would_concatenate_by_hand():
-    """Guards the insertion: [words before] [adapter(H)] [words after], nothing between, beside a shorter sample."""
+    """Guards the insertion: [words before] [adapter(H)] [words after], nothing between; also beside a shorter
+    sample."""
     actor, H = make_actor(), torch.randn(7, 32)
     words = actor.lm.get_input_embeddings()
     before, after, labels = encode_conversation(actor.tokenizer, TURNS, "The plan:")
@@ -48,8 +50,8 @@ def test_what_the_actor_reads_is_what_one_would_concatenate_by_hand():
 
 @pytest.mark.parametrize("kind, space", [("chatml", ""), ("llama3", ""), ("mistral", " ")])
 def test_prompts_of_training_and_evaluation_are_the_templates(kind, space):
-    """Guards the prompt: a game that is played turn by turn reads the ids that training read, and both are those
-    of the chat template. The labels are the replies and their ends, nothing else."""
+    """Guards the prompt: a game that is played turn by turn reads the ids that training read, and both are
+    those of the chat template. The labels are the replies and their ends, nothing else."""
     tokenizer = make_tokenizer(kind)
     add_markers(tokenizer)
     before, after, labels = encode_conversation(tokenizer, TURNS, "The plan:")
@@ -110,8 +112,8 @@ def test_js_is_between_0_and_ln_2():
 
 
 def test_the_training_loss_is_its_definition(data):
-    """Guards the loss and its gradients: the formula on whole logits in float64, each label predicted from the
-    position before it, the plan's and the other's distribution fixed."""
+    """Guards the loss and its gradients: the formula on whole logits in float64, each label predicted from
+    the position before it, the plan's and the other's distribution fixed."""
     actor = make_actor()
     batches = make_batches(data, [(n, n) for n in range(8)], **PASSES)
     exact = copy.deepcopy(actor).double()
@@ -139,7 +141,8 @@ def test_the_training_loss_is_its_definition(data):
 
 
 def test_latent_steps_with_a_cache_equal_reading_everything_again():
-    """Guards the student: each step sees the whole prompt and all thoughts before it; gradients flow through all."""
+    """Guards the student: each step sees the whole prompt and all thoughts before it, and gradients flow
+    through all of them."""
     sender, prompt, K = LatentSender(make_lm()).double(), torch.arange(3, 12)[None], 5
     latents = sender(prompt, torch.ones_like(prompt), K)
     words, again = sender.lm.get_input_embeddings(), []
@@ -170,10 +173,12 @@ def test_perturbations_keep_what_they_claim():
 def test_two_ranks_train_what_one_rank_trains(tmp_path, forked):
     """Guards --global_batch_size: the number of GPUs changes no result."""
     train, messages = make_data(str(tmp_path / "data"))
-    flags = ["--model_name_or_path", save_model(tmp_path / "model"), "--train_file", train, "--hidden_data", messages,
-             "--num_heads", 4, "--adapter_dropout", 0, "--global_batch_size", 4, "--max_steps", 3, "--eval_ratio", 0.3]
+    flags = {"model_name_or_path": save_model(tmp_path / "model"), "train_file": train,
+             "hidden_data": messages, "num_heads": 4, "adapter_dropout": 0, "global_batch_size": 4,
+             "max_steps": 3, "eval_ratio": 0.3}
     for world in (1, 2):
-        done = forked("train_actor", [*flags, "--output_dir", tmp_path / str(world)], world=world)
+        argv = argv_of({**flags, "output_dir": tmp_path / str(world)})
+        done = forked("train_actor", argv, world=world)
         assert done["codes"] == [0] * world, done
     for name in ("loss", "task", "align", "sep", "grad_norm", "eval_loss"):
         assert column(tmp_path / "1", name) == pytest.approx(column(tmp_path / "2", name), rel=1e-4), name

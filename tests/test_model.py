@@ -1,5 +1,5 @@
-"""Adapter, insertion, losses, actor, latent sender, shards: each property by itself (test_method.py has the ten
-that matter most)."""
+"""Adapter, insertion, losses, actor, latent sender, shards: each property by itself. test_method.py has the
+ten that matter most."""
 import json
 import math
 import os
@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from common import UserError
 from data import text_ids
 from model import (BOP, EOP, HiddenStateProcessor, LatentActor, LatentSender, LatentShards, actor_loss,
-                   adaptive_weight, add_markers, build_sample, collate, embedding_rms, head_loss, init_markers,
-                   js_divergence, kl_divergence, lm_logits, open_shards, plan_similarity, read_info, write_shard)
+                   adaptive_weight, add_markers, build_sample, collate, embedding_rms, head_loss,
+                   init_markers, js_divergence, kl_divergence, lm_logits, open_shards, plan_similarity,
+                   read_info, write_shard)
 from tiny import make_actor, make_lm, make_tokenizer
 
 FAMILIES = [("qwen2", "chatml"), ("llama", "llama3"), ("mistral", "mistral")]
@@ -30,7 +31,8 @@ def make_samples(tokenizer, ratios=(0, 0.4, 1, 0.7), sender_dim=32):
         latents = torch.randn(2 + 3 * i, sender_dim, generator=generator)
         before, after = (text_ids(tokenizer, word * (i + 1)) for word in ("see ", "go "))
         labels = [-100] + after[1:]
-        samples.append(build_sample(before, after, labels, text_ids(tokenizer, "plan " * (i + 1)), latents, ratio))
+        plan_ids = text_ids(tokenizer, "plan " * (i + 1))
+        samples.append(build_sample(before, after, labels, plan_ids, latents, ratio))
     return samples
 
 
@@ -49,7 +51,7 @@ def gradient(loss, logits):
 
 
 def test_the_closed_forms_of_the_gradients(logits):
-    """With respect to p's logits z, p = softmax(z): CE gives p - onehot, KL(q || p) gives p - q, KL(p || q) gives
+    """With respect to the logits of p: CE gives p - onehot, KL(q || p) gives p - q, KL(p || q) gives
     p (log p - log q - KL), JS gives p (log p - log m - KL(p || m)) / 2 with m = (p + q) / 2."""
     z, other = logits
     log_p, log_q = F.log_softmax(z, -1), F.log_softmax(other, -1)
@@ -106,8 +108,8 @@ def test_js_of_the_same_and_of_what_has_nothing_in_common():
     ("gemma2", True, False),  # soft-capped logits
     ("cohere", True, False), ("granite", True, False)])  # scaled ones
 def test_head_loss_is_the_loss_of_whole_logits_in_float64(chunk, family, tied, bias):
-    """Value and gradients, for any number of positions at a time, whatever a family does to its logits. What comes
-    without gradient gives none to the head."""
+    """Value and gradients, for any number of positions at a time, whatever a family does to its logits.
+    What comes without gradient gives none to the head."""
     lm = make_lm(family, tied=tied)
     if bias:
         old, lm.lm_head = lm.lm_head.weight, torch.nn.Linear(32, 280)
@@ -118,7 +120,7 @@ def test_head_loss_is_the_loss_of_whole_logits_in_float64(chunk, family, tied, b
     for exact in (False, True):
         lm = lm.double() if exact else lm.float()
         lm.zero_grad()
-        states = lm.get_input_embeddings()(ids) * 2  # with tied tables, the gradient meets itself in the table
+        states = lm.get_input_embeddings()(ids) * 2  # a tied table gets a gradient from both ends
         states.retain_grad()
         branches = {"latent": states, "plan": fixed.to(states.dtype), "other": fixed.flip(0).to(states.dtype)}
         if exact:
@@ -157,7 +159,8 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_all_positions_by_all_words_is_ever_made():
     lm, N, V, n = make_lm(vocab=500), 400, 500, 40
-    states = {name: torch.randn(N, 32, requires_grad=name == "latent") for name in ("latent", "plan", "other")}
+    states = {name: torch.randn(N, 32) for name in ("latent", "plan", "other")}
+    states["latent"].requires_grad_()
     with Largest() as largest:
         terms = head_loss(lm, states, actor_loss, {"labels": torch.arange(N)}, chunk_logits=n * V)
         (terms["task"] + terms["align"] + terms["sep"]).backward()
@@ -223,7 +226,8 @@ def test_insertion_equals_concatenation_by_hand(family, kind, ratio, sender_dim)
             torch.testing.assert_close(actor.embed(batch)[0, here], by_hand[0], rtol=0, atol=1e-5)
             states, supervised = actor.hidden_states(batch)
             assert supervised.tolist() == [7, 9, 9]
-            torch.testing.assert_close(lm_logits(lm, states[:2]), expected[[T - 4, T - 2]], rtol=1e-4, atol=1e-4)
+            logits = lm_logits(lm, states[:2])
+            torch.testing.assert_close(logits, expected[[T - 4, T - 2]], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family, kind", FAMILIES)
@@ -266,7 +270,8 @@ def test_samples_with_and_without_a_message_share_a_batch():
         plain = actor.lm(torch.tensor([[3, 4, 5, 6, 7]]), labels=torch.tensor([samples[0]["labels"]])).loss
     torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-5)
     assert alone[0].item() / 2 == pytest.approx(plain.item(), rel=1e-5)
-    assert alone[0].item() == pytest.approx(alone[2].item(), rel=1e-5) != pytest.approx(alone[1].item(), rel=1e-3)
+    torch.testing.assert_close(alone[0], alone[2], rtol=1e-5, atol=1e-5)
+    assert (alone[0] - alone[1]).abs() > 1e-3
 
 
 # ---- adapter
@@ -286,13 +291,14 @@ def test_adapter_ignores_padding_and_survives_empty_messages(sender_dim):
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])  # Gemma's embedding module multiplies its table by sqrt(D)
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])  # Gemma's module multiplies its table by sqrt(D)
 @pytest.mark.parametrize("sender_dim, loudness", [(32, 0.1), (32, 50.0), (20, 1.0)])
 def test_a_message_starts_as_loud_as_words(family, sender_dim, loudness):
     actor = make_actor(family, sender_dim=sender_dim)
+    H, mask = loudness * torch.randn(4, 30, sender_dim), torch.ones(4, 30, dtype=torch.bool)
     with torch.no_grad():
         words = actor.lm.get_input_embeddings()(torch.arange(280))
-        message = actor.adapter(loudness * torch.randn(4, 30, sender_dim), torch.ones(4, 30, dtype=torch.bool))
+        message = actor.adapter(H, mask)
         sender = LatentSender(actor.lm)
         thought = sender.bridge(sender.norm(torch.randn(100, 32)))
     rms = words.pow(2).mean().sqrt().item()
@@ -322,14 +328,15 @@ def test_actor_saves_bit_for_bit(tmp_path, family, kind, sender_dim, tied):
     with torch.no_grad():
         assert torch.equal(loaded(batch)["task"], actor(batch)["task"])
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, actor.lm(ids).logits)
-    assert loaded.tokenizer.convert_tokens_to_ids([BOP, EOP]) == actor.tokenizer.convert_tokens_to_ids([BOP, EOP])
+    assert loaded.tokenizer.get_vocab() == actor.tokenizer.get_vocab()
     assert loaded.tokenizer.chat_template == actor.tokenizer.chat_template
 
 
 def test_the_adapter_is_rebuilt_from_its_arguments(tmp_path):
     """latent_adapter.json is all that is needed: it says what the constructor was called with."""
     actor = make_actor(sender_dim=20)
-    arguments = {"sender_dim": 20, "dim": 32, "num_heads": 2, "dropout": 0.5, "scale": 0.7, "output_scale": 3.0}
+    arguments = {"sender_dim": 20, "dim": 32, "num_heads": 2, "dropout": 0.5, "scale": 0.7,
+                 "output_scale": 3.0}
     actor.adapter, actor.info = HiddenStateProcessor(**arguments).eval(), actor.info | {"adapter": arguments}
     actor.save(tmp_path)
     adapter = LatentActor.load(str(tmp_path)).adapter
@@ -351,7 +358,7 @@ def test_a_template_argument_of_training_is_one_of_evaluation(tmp_path):
 def test_a_damaged_actor_is_one_line(tmp_path):
     make_actor().save(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "latent_adapter.safetensors")
-    with pytest.raises(UserError, match="latent_adapter.safetensors is damaged or does not fit.*unexpected.*x"):
+    with pytest.raises(UserError, match="latent_adapter.safetensors is damaged.*unexpected.*x"):
         LatentActor.load(str(tmp_path))
     for text in ('{"message": "latent"}', "[]", '{"message": "latent", "adapter": {"sender_dim": "32"}}'):
         (tmp_path / "latent_adapter.json").write_text(text)
@@ -407,7 +414,8 @@ def test_shards_round_trip(tmp_path):
     shards = open_shards(str(tmp_path))
     for task_id, latents in {**first, **second}.items():
         assert torch.equal(shards[task_id], latents) and shards[task_id].dtype == torch.bfloat16
-        assert shards.lengths[task_id] == len(latents) and shards.records[task_id]["task"] == f"do {task_id} ü"
+        assert shards.lengths[task_id] == len(latents)
+        assert shards.records[task_id]["task"] == f"do {task_id} ü"
     assert len(shards) == 3 and "c" in shards and "d" not in shards and shards.hidden_size == 4
     with safe_open(path, "pt") as file:  # the safetensors library alone
         assert json.loads(file.metadata()["sender"]) == SENDER and set(file.keys()) == set(first)
@@ -416,7 +424,7 @@ def test_shards_round_trip(tmp_path):
 
 
 def test_shards_are_read_when_asked(tmp_path):
-    """Opening reads headers: a message that is no good is an error for who asks for it, and for nobody else."""
+    """Opening reads headers: a message that is no good is an error only for who asks for it."""
     shard(tmp_path, ["good"])
     shard(tmp_path, ["bad"], 1, value=math.nan)
     shards = LatentShards(str(tmp_path))
@@ -453,12 +461,20 @@ def damage(path, directory, how):
 
 
 @pytest.mark.parametrize("how, words", [
-    ("truncated", "00000.safetensors is truncated.*delete it"), ("header", "truncated"), ("empty", "truncated"),
-    ("foreign", "not a latent shard"), ("foreign metadata", "not a latent shard"), ("noise", "not a latent shard"),
-    ("trailing", "not a latent shard"), ("senders", "mixes senders.*00001.*seed"),
-    ("widths", "mixes senders.*hidden_size"), ("missing tensor", "00000.safetensors is truncated or not a latent"),
-    ("width", "id a: expected a tensor \\(L, 5\\), found \\[2, 4\\]"), ("duplicate", "00001.*id b is also in.*00000"),
-    ("infinite", "id a: NaN or infinity"), ("nothing", "no message for id nobody")])
+    ("truncated", "00000.safetensors is truncated.*delete it"),
+    ("header", "truncated"),
+    ("empty", "truncated"),
+    ("foreign", "not a latent shard"),
+    ("foreign metadata", "not a latent shard"),
+    ("noise", "not a latent shard"),
+    ("trailing", "not a latent shard"),
+    ("senders", "mixes senders.*00001.*seed"),
+    ("widths", "mixes senders.*hidden_size"),
+    ("missing tensor", "00000.safetensors is truncated or not a latent"),
+    ("width", "id a: expected a tensor \\(L, 5\\), found \\[2, 4\\]"),
+    ("duplicate", "00001.*id b is also in.*00000"),
+    ("infinite", "id a: NaN or infinity"),
+    ("nothing", "no message for id nobody")])
 def test_damaged_shards_say_what_is_wrong(tmp_path, how, words):
     path, _ = shard(tmp_path, ["a", "b"])
     damage(path, tmp_path, how)
@@ -499,8 +515,8 @@ def test_padded_prompts_give_the_latents_of_each_alone(family):
     long, short = torch.arange(3, 12), torch.arange(40, 44)
     ids = torch.stack([long, F.pad(short, (5, 0))])
     mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4])
-    alone = [sender(prompt[None], torch.ones(1, len(prompt), dtype=torch.long), 5) for prompt in (long, short)]
-    alone, together = torch.cat(alone), sender(ids, mask, 5)
+    alone = torch.cat([sender(prompt[None], torch.ones_like(prompt[None]), 5) for prompt in (long, short)])
+    together = sender(ids, mask, 5)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     parameters = [p for name, p in sender.named_parameters() if "lm_head" not in name]
     target = torch.randn(2, 5, 32).double()

@@ -1,4 +1,4 @@
-"""Stage 2: the same curve for any split of the work and after any kill; the best model kept; learning happens."""
+"""Stage 2: the same curve for any split of the work and after any kill; the best model is kept; it learns."""
 import json
 import math
 import os
@@ -17,8 +17,8 @@ import train_actor
 from common import read_json, write_json
 from data import Conversations, encode_conversation, to_messages
 from model import LatentActor, LatentShards, add_markers, collate, load_tokenizer, open_shards, write_shard
-from tiny import (argv_of, assert_same_curve, checkpoints, column, make_data, read_log, same_run, same_tensors,
-                  save_model, snapshot, tensors)
+from tiny import (argv_of, assert_same_curve, checkpoints, column, make_data, read_log, same_run,
+                  same_tensors, save_model, snapshot, tensors)
 from train_actor import TERMS, main, make_batches
 
 N = 7  # samples: no multiple of any batch size below
@@ -35,8 +35,9 @@ def world(tmp_path_factory):
 
 def argv(world, out, **flags):
     """The command line of a small run; None leaves a flag out."""
-    few = {"num_heads": 4, "learning_rate": 1e-3, "global_batch_size": 4, "max_steps": 4, "eval_ratio": 0.3, "eval_steps": 2}
-    return argv_of({**world, "output_dir": out, **few, **flags})
+    small = {"num_heads": 4, "learning_rate": 1e-3, "global_batch_size": 4, "max_steps": 4, "eval_ratio": 0.3,
+             "eval_steps": 2}
+    return argv_of({**world, "output_dir": out, **small, **flags})
 
 
 def train(world, out, **flags):
@@ -64,8 +65,9 @@ def reference(world, tmp_path_factory):
     return train(world, str(tmp_path_factory.mktemp("reference") / "o"), **SPLIT)
 
 
-@pytest.mark.parametrize("flags", [{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1},
-                                   {"per_device_train_batch_size": 3}, {"gradient_checkpointing": "true"}], ids=str)
+@pytest.mark.parametrize("flags", [
+    {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}, {"per_device_train_batch_size": 3},
+    {"gradient_checkpointing": "true"}], ids=str)
 def test_memory_flags_change_no_result(world, reference, tmp_path, flags):
     assert_same_curve(train(world, tmp_path / "o", **SPLIT, **flags), reference)
 
@@ -97,8 +99,8 @@ def test_torchrun(world, reference, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", str(port), SCRIPT]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_addr", "127.0.0.1", "--master_port", str(port), SCRIPT]
     out = tmp_path / "o"
     done = subprocess.run([*command, *argv(world, out, **SPLIT, per_device_train_batch_size=1)],
                           capture_output=True, text=True, timeout=300)
@@ -111,8 +113,8 @@ def test_torchrun(world, reference, tmp_path):
 
 
 def test_schedule_and_optimizer_flags(world, tmp_path):
-    out = train(world, tmp_path / "o", max_steps=None, num_train_epochs=4.5, warmup_ratio=0.5, adam_beta2=0.9, eval_ratio=0,
-                adapter_learning_rate=0.1, adapter_scale=3, adapter_output_scale=5)
+    out = train(world, tmp_path / "o", max_steps=None, num_train_epochs=4.5, warmup_ratio=0.5, adam_beta2=0.9,
+                eval_ratio=0, adapter_learning_rate=0.1, adapter_scale=3, adapter_output_scale=5)
     steps = math.ceil(4.5 * N / 4)
     assert column(out, "step") == list(range(1, steps + 1))
     warmup, rates = round(steps / 2), column(out, "lr")
@@ -123,7 +125,7 @@ def test_schedule_and_optimizer_flags(world, tmp_path):
     assert groups[2]["lr"] == pytest.approx(100 * groups[0]["lr"])  # the adapter's own
     adapter = load_file(out / "latent_adapter.safetensors")
     for name, start in (("projection.scale", 3), ("projection.output_scale", 5)):
-        assert adapter[name].item() == pytest.approx(start, abs=1.0) and adapter[name].item() != start  # learned
+        assert 0 < abs(adapter[name].item() - start) < 1  # it starts there, and is learned
 
 
 # ---- kills and restarts
@@ -138,7 +140,7 @@ def uninterrupted(world, tmp_path_factory):
 
 @pytest.mark.parametrize("event", [2, 8, 20, 33, 46, 60])
 def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, forked, tmp_path, event):
-    """Killed at the n-th touch of a file of its output: weights, optimizer, log and state come out as without."""
+    """Killed at the n-th touch of a file of its output: weights, optimizer, log and state are as without."""
     out = tmp_path / "o"
     killed, = forked("train_actor", argv(world, out, **LONG), event=event)["codes"]
     assert killed == -9
@@ -189,9 +191,10 @@ def scripted_evaluation(monkeypatch, losses):
 
 
 def test_early_stopping_and_the_best_model(world, tmp_path, monkeypatch, capsys):
-    """Two evaluations without a new best end the run; the output directory is the best one, which is not pruned."""
+    """Two evaluations without a new best end the run; the output is the best model, which is not pruned."""
     scripted_evaluation(monkeypatch, [3.0, 2.0, 2.5, 2.1, 1.0])
-    flags = {"max_steps": 9, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2, "save_total_limit": 1}
+    flags = {"max_steps": 9, "eval_steps": 1, "save_steps": 1, "early_stopping_patience": 2,
+             "save_total_limit": 1}
     out = train(world, tmp_path / "o", **flags)
     assert column(out, "eval_loss") == [3.0, 2.0, 2.5, 2.1]
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
@@ -228,7 +231,7 @@ def test_without_held_out_samples_the_last_model_is_kept(world, tmp_path):
 
 @pytest.mark.parametrize("message", ["latent", "text", "none"])
 def test_the_kept_model_has_the_logged_loss_on_whole_messages(world, tmp_path, message):
-    """The output directory reproduces the lowest eval_loss, by plain Hugging Face on inputs made by hand (r = 0)."""
+    """The output directory reproduces the lowest eval_loss, by plain Hugging Face on inputs made by hand."""
     held_out = records_of(world)[4:]
     write_json(str(tmp_path / "eval.json"), held_out)
     out = train(world, tmp_path / "o", eval_file=tmp_path / "eval.json", eval_ratio=0, message=message,
@@ -258,24 +261,25 @@ def test_the_kept_model_has_the_logged_loss_on_whole_messages(world, tmp_path, m
 
 
 def test_what_an_evaluation_needs_is_kept_with_the_actor(world, tmp_path):
-    """latent_adapter.json: the announcement, the instruction, the template's arguments, the adapter's arguments."""
+    """latent_adapter.json: the announcement, the instruction, the template's and the adapter's arguments."""
     eto = [("human", "instruction"), ("gpt", "OK"), ("human", "the task"), ("gpt", "go")]
     turns = [{"from": role, "value": text} for role, text in eto]
-    world = with_records(world, tmp_path / "t.json", [{**record, "conversations": turns} for record in records_of(world)])
-    out = train(world, tmp_path / "o", task_turn=2, plan_announcement="Listen:", adapter_scale=0.5, adapter_dropout=0,
-                chat_template_kwargs='{"enable_thinking": true}', max_steps=1)
+    records = [{**record, "conversations": turns} for record in records_of(world)]
+    out = train(with_records(world, tmp_path / "t.json", records), tmp_path / "o", task_turn=2, max_steps=1,
+                plan_announcement="Listen:", adapter_scale=0.5, adapter_dropout=0,
+                chat_template_kwargs='{"enable_thinking": true}')
     info = read_json(str(out / "latent_adapter.json"))
     output_scale = info["adapter"].pop("output_scale")
     assert info.pop("format_version") > 0
-    assert info == {"message": "latent", "plan_announcement": "Listen:", "instruction": "instruction", "sender": "tiny",
-                    "chat_template_kwargs": {"enable_thinking": True},
+    assert info == {"message": "latent", "plan_announcement": "Listen:", "instruction": "instruction",
+                    "sender": "tiny", "chat_template_kwargs": {"enable_thinking": True},
                     "adapter": {"sender_dim": 32, "dim": 32, "num_heads": 4, "dropout": 0, "scale": 0.5}}
     assert 0 < output_scale < 10 and LatentActor.load(str(out)).adapter.attention.num_heads == 4
 
 
 def test_baselines_need_no_messages(world, tmp_path):
-    plans = with_records(world, tmp_path / "plans.json", [{**r, "plan": "look around"} for r in records_of(world)])
-    for message, flags in (("text", plans), ("none", world)):
+    records = [{**record, "plan": "look around"} for record in records_of(world)]
+    for message, flags in (("text", with_records(world, tmp_path / "plans.json", records)), ("none", world)):
         out = train(flags | {"hidden_data": None}, tmp_path / message, message=message)
         assert column(out, "sep") == column(out, "align") == [0] * 4
         assert not os.path.exists(out / "latent_adapter.safetensors")
@@ -284,9 +288,10 @@ def test_baselines_need_no_messages(world, tmp_path):
 
 def test_messages_in_the_training_file(world, tmp_path, reference):
     """Without --hidden_data: plans and states of the records themselves."""
-    shards = LatentShards(world["hidden_data"])
-    records = [{**record, "plan": shards.records[record["id"]]["plan"], "hidden_state": shards[record["id"]].tolist()}
-               for record in records_of(world)]
+    shards, records = LatentShards(world["hidden_data"]), records_of(world)
+    for record in records:
+        record["plan"] = shards.records[record["id"]]["plan"]
+        record["hidden_state"] = shards[record["id"]].tolist()
     inline = with_records(world, tmp_path / "t.json", records) | {"hidden_data": None}
     assert_same_curve(train(inline, tmp_path / "o", **SPLIT), reference, 1e-5)
 
@@ -294,20 +299,23 @@ def test_messages_in_the_training_file(world, tmp_path, reference):
 def test_the_first_sample_is_shown(world, tmp_path, capsys):
     """Supervised tokens between » and «, latents in their place."""
     train(world, tmp_path / "o", max_steps=1, eval_ratio=0)
-    line, = [line for line in capsys.readouterr().out.split("\n<|im_start|>assistant\n") if "latents]" in line]
-    assert "first sample: <|im_start|>system\nYou are helpful." in line
-    assert line.endswith("Its plan:<bop>[3 latents]<eop><|im_end|>")
+    printed = capsys.readouterr().out
+    assert "first sample: <|im_start|>system\nYou are helpful." in printed
+    assert "Its plan:<bop>[3 latents]<eop><|im_end|>\n<|im_start|>assistant\n»go<|im_end|>«\n" in printed
 
 
 # ---- the loss terms in the log
 
 @pytest.mark.parametrize("adaptive", ["true", "false"])
 def test_weights_stay_in_their_bounds(world, tmp_path, adaptive):
-    out = train(world, tmp_path / "o", adaptive_weights=adaptive, plan_similarity_weight=0.4, random_contrast_weight=2)
+    out = train(world, tmp_path / "o", adaptive_weights=adaptive, plan_similarity_weight=0.4,
+                random_contrast_weight=2)
     rows = [{name: float(value) for name, value in row.items() if value} for row in read_log(out)]
     for last, row in zip([None, *rows], rows):
         for name, term, ceiling, scale in (("w_align", "align", 0.4, 1), ("w_sep", "sep", 2, math.log(2))):
-            expected = ceiling * min(max(last[term] / scale, 0.1), 1) if adaptive == "true" and last else ceiling
+            expected = ceiling
+            if adaptive == "true" and last:
+                expected = ceiling * min(max(last[term] / scale, 0.1), 1)
             assert row[name] == pytest.approx(expected, rel=1e-4) and 0.0999 * ceiling <= row[name] <= ceiling
         loss = row["task"] + row["w_align"] * row["align"] + row["w_sep"] * row["sep"]
         assert row["loss"] == pytest.approx(loss, rel=1e-4)
@@ -345,7 +353,7 @@ def passes(data, drawn, curriculum, **settings):
 
 @pytest.mark.parametrize("curriculum", [[0.0], [0.5], [0.0, 1.0], [r / 10 for r in range(11)]], ids=str)
 def test_ratios_are_drawn_from_the_curriculum(data, curriculum):
-    """For the sample and for its negative, the same one; all of them come, by the number of the draw alone."""
+    """The same one for the sample and its negative; all of them come, by the number of the draw alone."""
     expected = {ratio: (math.floor(ratio * 7 + 1e-9), data.message_lengths[4]) for ratio in curriculum}
     assert data.message_lengths[4] == 7
     seen = set()
@@ -393,14 +401,14 @@ def test_learns_to_read_the_message(tmp_path, world):
                for i, task_id in enumerate(latents)}
     write_shard(str(tmp_path / "m" / "latents-rank00000-00000.safetensors"), latents, records,
                 {"model": "tiny", "hidden_size": 32})
-    turns = [[("human", f"{i}?"), ("gpt", "abcd"[i % 4])] for i in range(48)]
-    world = with_records(world, tmp_path / "t.json", [
-        {"id": f"t{i}", "conversations": [{"from": role, "value": text} for role, text in turns[i]]} for i in range(48)])
+    records = [{"id": task_id, "conversations": turns(("human", f"{i}?"), ("gpt", "abcd"[i % 4]))}
+               for i, task_id in enumerate(latents)]
+    world = with_records(world, tmp_path / "t.json", records) | {"hidden_data": tmp_path / "m"}
     losses = {}
     for message in ("latent", "none"):
-        out = train(world | {"hidden_data": tmp_path / "m"}, tmp_path / message, message=message, max_steps=60, eval_steps=4,
+        out = train(world, tmp_path / message, message=message, max_steps=60, eval_steps=10,
                     learning_rate=5e-3, global_batch_size=8, per_device_train_batch_size=8,
-                    infonce_probe_interval=60, random_contrast_weight=0.3, save_total_limit=1)
+                    infonce_probe_interval=60, random_contrast_weight=0.3)
         losses[message] = column(out, "eval_loss")
     # two supervised tokens: the letter (ln 4 nats if guessed) and the end of turn
     assert losses["latent"][-1] < 0.5 * losses["latent"][0] and losses["latent"][-1] < 0.2
@@ -433,10 +441,11 @@ def turns(*pairs):
     (first(hidden_state=[], plan="x"), ["id t0", "hidden_state"]),
     (first(hidden_state_path="/nowhere.npy", plan="x"), ["id t0", "/nowhere.npy"]),
     (first(plan=["a"]), ["id t0", "plan is not a text"]), (first(system=5), ["id t0", "system"]),
-    (lambda records: records[:-1] + [{**records[-1], "hidden_state": [[1.0] * 31] * 2, "plan": "x"}], ["id t6", "31", "32"]),
+    (lambda records: records[1:] + [first(hidden_state=[[1.0] * 31] * 2, plan="x")(records)[0]],
+     ["id t0", "31", "32"]),
     (first(hidden_state=[[1.0] * 32] * 50, plan="x"), ["id t0", "50 states", "--prepended_length 20"]),
     (first(conversations=turns(("human", "x" * 5000), ("gpt", "x"))), ["id t0", "context of 4096"]),
-    (lambda records: [{**records[0], "id": f"x{i}", "hidden_state": [[1.0] * 32] * 2, "plan": "x"} for i in range(5)],
+    (lambda records: [first(id=name, hidden_state=[[1.0] * 32], plan="x")(records)[0] for name in "abcde"],
      ["tasks are the same", "L_sep"]),
     (lambda records: {}, ["list of records"]), (lambda records: ["x"], ["list of records"]),
     (lambda records: [], ["list of records"])])
@@ -448,21 +457,25 @@ def test_bad_records(world, tmp_path, refuses, change, words):
 def test_widths_of_two_kinds_of_messages(world, tmp_path, refuses):
     records = first(hidden_state=[[1.0] * 31] * 2, plan="x")(records_of(world))
     write_json(str(tmp_path / "e.json"), records)
-    refuses(main, argv(world, tmp_path / "o", eval_file=tmp_path / "e.json", eval_ratio=0), "id t0", "31", "32")
+    flags = argv(world, tmp_path / "o", eval_file=tmp_path / "e.json", eval_ratio=0)
+    refuses(main, flags, "id t0", "31", "32")
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("num_heads", 5, ["--num_heads 5", "32"]), ("prepended_length", 3, ["--prepended_length 3", "states", "id t"]),
-    ("model_max_length", 50, ["context of 50", "id t"]), ("surprise", 1, ["--surprise"]), ("message", "smoke", ["--message"]),
-    ("train_file", "/nowhere.json", ["no file /nowhere.json"]), ("hidden_data", "/nowhere", ["no directory /nowhere"]),
-    ("model_name_or_path", "/nowhere", ["/nowhere"]), ("eval_file", "/nowhere.json", ["no file /nowhere.json"]),
+    ("num_heads", 5, ["--num_heads 5", "32"]),
+    ("prepended_length", 3, ["--prepended_length 3", "states", "id t"]),
+    ("model_max_length", 50, ["context of 50", "id t"]),
+    ("surprise", 1, ["--surprise"]), ("learning_rat", 1, ["--learning_rat"]),
+    ("message", "smoke", ["--message"]), ("adaptive_weights", "maybe", ["--adaptive_weights"]),
+    ("bf16", "yes", ["--bf16"]), ("chat_template_kwargs", "[1]", ["--chat_template_kwargs"]),
+    ("curriculum", 1.5, ["--curriculum", "1.5"]), ("fsdp", "true", ["--fsdp", "torchrun"]),
+    ("train_file", "/nowhere.json", ["no file /nowhere.json"]),
+    ("eval_file", "/nowhere.json", ["no file /nowhere.json"]),
+    ("hidden_data", "/nowhere", ["no directory /nowhere"]), ("model_name_or_path", "/nowhere", ["/nowhere"]),
     ("eval_ratio", 1, ["no training samples"]), ("task_turn", 4, ["--task_turn 4", "id t0"]),
-    ("adaptive_weights", "maybe", ["--adaptive_weights"]), ("learning_rat", 1, ["--learning_rat"]),
-    ("curriculum", 1.5, ["--curriculum", "1.5"]), ("bf16", "yes", ["--bf16"]),
-    ("chat_template_kwargs", "[1]", ["--chat_template_kwargs"]), ("fsdp", "true", ["--fsdp", "torchrun"]),
     *((name, 0, ["--" + name]) for name in (
-        "global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
-        "logging_steps", "num_heads", "save_total_limit", "max_steps", "infonce_probe_size"))])
+        "global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps",
+        "save_steps", "logging_steps", "num_heads", "save_total_limit", "max_steps", "infonce_probe_size"))])
 def test_bad_flags(world, tmp_path, refuses, name, value, words):
     refuses(main, argv(world, tmp_path / "o", **{name: value}), *words)
     assert not os.path.exists(tmp_path / "o" / "loss_log.csv")
@@ -473,8 +486,9 @@ def test_the_global_batch_must_divide_over_ranks(world, tmp_path, refuses, monke
     refuses(main, argv(world, tmp_path / "o"), "--global_batch_size 4", "3 ranks")
 
 
-@pytest.mark.parametrize("how, words", [("nan", ["id t2", "NaN"]), ("truncated", ["truncated"]),
-                                        ("plan", ["id t2", "empty plan"]), ("empty", ["holds no latent shards"])])
+@pytest.mark.parametrize("how, words", [
+    ("nan", ["id t2", "NaN"]), ("truncated", ["truncated"]), ("plan", ["id t2", "empty plan"]),
+    ("empty", ["holds no latent shards"])])
 def test_bad_shards(world, tmp_path, refuses, how, words):
     shards, path = LatentShards(world["hidden_data"]), tmp_path / "m" / "latents-rank00000-00000.safetensors"
     latents = {task_id: shards[task_id].clone() for task_id in shards.records}

@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers with families' chat templates, data, and what a run leaves: made on the spot."""
+"""Tiny random models, tokenizers with chat templates, data: made on the spot. And what a run leaves, read."""
 import csv
 import json
 import os
