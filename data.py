@@ -460,8 +460,12 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
         if response_field and response_field == answer_field and "\\boxed" not in reply:
             reply = f"\\boxed{{{reply}}}"
         task = {"id": task_id, "task": text.strip(), "reply": reply, "answer": answer}
-        labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
-        tasks.append(task | {name: label for name, label in labels.items() if label is not None})
+        subject = record.get("type", record.get("subject"))
+        if subject is not None:
+            task["type"] = subject
+        if record.get("level") is not None:
+            task["level"] = record["level"]
+        tasks.append(task)
     if subjects:
         tasks = of_subjects(tasks, subjects, path)
     return tasks[:max_samples]
