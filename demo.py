@@ -26,12 +26,12 @@ import zlib
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
 import demo_math
 from common import (Parser, UserError, atomic_path, one_line_errors, plot_bars, progress, read_json, remove,
                     wilson_interval, write_json)
+from model import build_sample, collate
 
 # --------------------------------------------------------------------------------------------------
 # 1. The household
@@ -221,15 +221,14 @@ def build_tokenizer(texts):
         chat_template=CHAT_TEMPLATE)
 
 
-def collate(samples, vocabulary):
-    """Samples [(text, supervised?), ...] -> input_ids, labels, both (B, T) int64, padded on the right."""
+def encode(spans, vocabulary):
+    """[(text, supervised?), ...] -> a sample for model.py's `collate`; labels are -100 where not supervised."""
     input_ids, labels = [], []
-    for spans in samples:
-        words = [(vocabulary[word], supervised) for text, supervised in spans for word in text.split()]
-        input_ids.append(torch.tensor([i for i, _ in words]))
-        labels.append(torch.tensor([i if supervised else -100 for i, supervised in words]))
-    input_ids = pad_sequence(input_ids, batch_first=True, padding_value=vocabulary["<pad>"])
-    return input_ids, pad_sequence(labels, batch_first=True, padding_value=-100)
+    for text, supervised in spans:
+        ids = [vocabulary[word] for word in text.split()]
+        input_ids += ids
+        labels += ids if supervised else [-100] * len(ids)
+    return build_sample([], input_ids, labels)
 
 
 def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, learning_rate=5e-3):
@@ -256,9 +255,9 @@ def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, lea
     vocabulary = tokenizer.get_vocab()
     bar = progress(total=steps, desc=f"train the {role} from scratch", unit="step")
     for _ in range(steps):
-        input_ids, labels = collate(draw(rng), vocabulary)  # (B, T), (B, T)
+        batch = collate([encode(spans, vocabulary) for spans in draw(rng)])
         # no attention mask: the padding is on the right, where causal attention does not look
-        loss = model(input_ids=input_ids, labels=labels).loss
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

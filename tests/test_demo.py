@@ -129,10 +129,8 @@ def test_the_tokenizer_knows_every_word():
 
 
 def test_a_sample_supervises_what_it_says():
-    vocabulary = {word: i for i, word in enumerate("<pad> a b c".split())}
-    input_ids, labels = demo.collate([[("a b", False), ("c", True)], [("b", True)]], vocabulary)
-    assert input_ids.tolist() == [[1, 2, 3], [2, 0, 0]]
-    assert labels.tolist() == [[-100, -100, 3], [2, -100, -100]]
+    sample = demo.encode([("a b", False), ("c", True)], {"a": 1, "b": 2, "c": 3})
+    assert sample["input_ids"] == [1, 2, 3] and sample["labels"] == [-100, -100, 3]
 
 
 # ---- all stages
