@@ -56,6 +56,7 @@ def get_args(argv):
                        help="with --env alfworld: place tells the sender where the goal's objects are")
         g.add_argument("--output_dir", required=True,
                        help="where the shards go; an existing directory is continued")
+        # a tuple of names: the first that a file has
         g.add_argument("--id_field", default=ID_FIELDS,
                        help="field of the task's id; default: unique_id, id or idx, else the position in the file")
         g.add_argument("--task_field", default=task_field,
@@ -142,7 +143,7 @@ def read_bridge(model):
 def sender_prompt(tokenizer, template, task, chat_template):
     """What the sender reads about one task -> list of ids, the same in any batch."""
     text = template.replace("{task}", task["task"])
-    if chat_template == "none":
+    if chat_template == "none":  # a control token that a task spells stays text, as in a template
         return tokenizer(text, split_special_tokens=True).input_ids
     messages = [{"role": "user", "content": text}]
     before, after = encode_prompt(tokenizer, messages, where=f"id {task['id']}")
@@ -187,7 +188,8 @@ def logits_processors(temperature, top_p, top_k):
 @torch.inference_mode()
 def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False, temperature=1.0,
                  top_p=1.0, top_k=0):
-    """Write a plan for each prompt, a list of ids -> [(plan_token_ids, states (L, D), milliseconds)].
+    """Write a plan for each prompt, a list of ids -> [(plan_token_ids, states (L, D), milliseconds)],
+    states on the CPU in the model's dtype, after the final norm.
 
     State l is read where token l is predicted, the first one at the prompt's end, so L tokens give
     exactly L states and the end of the text gives none (the released ALFWorld collector is one off,
@@ -200,8 +202,9 @@ def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False
     input_ids, attention_mask = left_pad(prompts, lm.device)  # (b, T)
     uniforms = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds])  # (B, steps)
     processors = logits_processors(temperature, top_p, top_k)
+    # B prompts; b of them are in the batch, which gets smaller
     plans, states, ms = [[] for _ in prompts], [[] for _ in prompts], [0.0] * len(prompts)
-    active = list(range(len(prompts)))  # which prompts the batch holds: those whose plan goes on
+    active = list(range(len(prompts)))  # the prompts in the batch
     cache = new_cache(lm)
     for step in range(max_new_tokens):
         start = time.perf_counter()
@@ -214,8 +217,9 @@ def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False
             next_ids = next_tokens(processors(None, logits), uniforms[active, step].to(lm.device))
         else:
             next_ids = next_tokens(logits)  # (b,)
-        hidden_states, written, keep = hidden_states.cpu(), next_ids.tolist(), []
+        hidden_states, written = hidden_states.cpu(), next_ids.tolist()  # now the GPU is done
         elapsed = 1000 * (time.perf_counter() - start)
+        keep = []  # places in the batch whose plan goes on
         for n, prompt in enumerate(active):
             ms[prompt] += elapsed / len(active)
             if written[n] not in eos_ids:
@@ -224,11 +228,11 @@ def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False
                 keep.append(n)
         if not keep:
             break
-        if len(keep) < len(active):  # the finished leave: active [0, 2, 5] and keep [0, 2] give [0, 5]
+        if len(keep) < len(active):  # active [0, 2, 5] and keep [0, 2] -> [0, 5]
             active = [active[n] for n in keep]
-            keep = torch.tensor(keep, device=lm.device)
-            cache.reorder_cache(keep)
-            next_ids, attention_mask = next_ids[keep], attention_mask[keep]
+            index = torch.tensor(keep, device=lm.device)
+            cache.reorder_cache(index)  # drops the others' keys and values, and recurrent states
+            next_ids, attention_mask = next_ids[index], attention_mask[index]
         input_ids = next_ids[:, None]  # (b, 1)
         attention_mask = F.pad(attention_mask, (0, 1), value=1)  # as long as the cache: (b, T + step + 1)
     return [(plans[n], torch.stack(states[n]), ms[n]) for n in range(len(prompts))]
@@ -291,18 +295,18 @@ def inspect(directory, task_id=None, model=None, top_k=5):
     """Print what a directory of messages holds; with the sender's path, what each state says."""
     shards = open_shards(directory)
     ids = [task_id] if task_id else list(shards.records)[:10]
-    shards[ids[0]]  # an unknown --id is an error here
+    shards[ids[0]]  # read it: an unknown --id is an error here
     shortest, longest = min(shards.lengths.values()), max(shards.lengths.values())
     print(f"{directory}: {len(shards)} messages of {shortest} to {longest} states")
-    for setting in shards.sender.items():
-        print("  {}: {!r}".format(*setting))
+    for key, value in shards.sender.items():
+        print(f"  {key}: {value!r}")
     if model:
         check_width(model, shards)
         lm, tokenizer = load_lm(model), load_tokenizer(model)
         ids = ids[:1]
     for task_id in ids:
         record = shards.records[task_id]
-        print(f"\n{task_id}: {shards.lengths[task_id]} states, {record['sender_ms']:.1f} ms")
+        print(f"\n{task_id}: {shards.lengths[task_id]} states, {record.get('sender_ms', 0):.1f} ms")
         print("  task:", record["task"][:300])
         print("  plan:", record["plan"][:300])
         if model:
@@ -310,6 +314,7 @@ def inspect(directory, task_id=None, model=None, top_k=5):
 
 
 def check_width(model, shards):
+    """Raises UserError for a model that is surely not the sender, before it is loaded."""
     width = load_config(model).hidden_size
     if width != shards.hidden_size:
         raise UserError(f"{model} is {width} wide, the messages are {shards.hidden_size}: give the "
@@ -355,7 +360,7 @@ def export_messages(directory, output_file):
     datasets.disable_progress_bars()
     names = ["task_id", "task", "plan", "dtype", "record", "sender"]
     columns = dict.fromkeys(names, datasets.Value("string"))
-    columns["hidden_state"] = [[datasets.Value("float32")]]
+    columns["hidden_state"] = [[datasets.Value("float32")]]  # `dtype` says what it was
     beside = os.path.dirname(os.path.abspath(output_file))
     with atomic_path(output_file) as path, tempfile.TemporaryDirectory(dir=beside) as folder:
         data = datasets.Dataset.from_generator(
@@ -370,9 +375,9 @@ def read_rows(source, split):
     datasets = optional("datasets")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says it in one line
     if os.path.isdir(source):
-        data = load_saved(source, split)
+        data = load_saved(source, split)  # a memory map
     else:
-        try:
+        try:  # streaming: without it the file would be copied into a cache first
             data = datasets.load_dataset("parquet", data_files=glob.escape(source), split="train",
                                          streaming=True)
         except FileNotFoundError:
@@ -449,7 +454,7 @@ def main(argv=None):
     model_path, output_dir = args.model_name_or_path, args.output_dir
 
     # ---- tasks: this rank's part, which does not depend on what is done, so that a rank may start late
-    done = LatentShards(output_dir)
+    done = LatentShards(output_dir)  # empty where there is no directory
     rooms_path = os.path.join(output_dir, f"rooms-rank{rank:05d}.json")
     if args.env:  # to open a game takes time: what was read of them is kept where a run is killed
         tasks = sender_tasks(args.env, args.split, args.max_samples, done.records, args.sender_knows,
@@ -462,10 +467,12 @@ def main(argv=None):
         tasks = every_task[rank::world]
 
     # ---- prompts: what the sender reads about each
+    # the flag, else what a student was asked in training, else the preset
     bridge = read_bridge(model_path) if args.latent_steps else {}
     prompt_template = args.prompt_template or bridge.get("prompt_template", PRESETS[args.command][0])
     template_kwargs = args.chat_template_kwargs or bridge.get("chat_template_kwargs")
     tokenizer = load_tokenizer(model_path, args.trust_remote_code, template_kwargs)
+    # a base model has no template: it continues the bare prompt
     chat_template = args.chat_template if tokenizer.chat_template else "none"
     prompts = {}  # id -> list of ids
     for task in tasks:
@@ -504,7 +511,7 @@ def main(argv=None):
     # ---- what is left to do
     remove_leftovers(output_dir, rank, world)
     pending = [task for task in tasks if task["id"] not in done]
-    pending.sort(key=lambda task: len(prompts[task["id"]]))  # similar lengths share a batch
+    pending.sort(key=lambda task: len(prompts[task["id"]]))  # similar lengths share a batch: less padding
     if rank == 0:
         whose = " of rank 0" if world > 1 else ""
         print(f"{len(tasks)} tasks{whose}, {len(pending)} of them not yet in {output_dir}")
@@ -521,7 +528,7 @@ def main(argv=None):
 
     # ---- the loop: ask a batch, keep what it says, write a shard when it is time
     sigterm = catch_sigterm()
-    latents, records, size, written = {}, {}, 0, time.time()
+    latents, records, size, written = {}, {}, 0, time.time()  # since the last shard
     bar = progress(total=len(pending), desc="collect", unit="task", rank=rank)
     for start in range(0, len(pending), args.batch_size):
         batch = pending[start:start + args.batch_size]
@@ -536,21 +543,21 @@ def main(argv=None):
                 raise UserError(f"id {task['id']}: the sender's states are not finite in "
                                 f"{args.torch_dtype}: use --torch_dtype bf16 or fp32")
             plan = tokenizer.decode(plan_token_ids, skip_special_tokens=True)
-            latents[task["id"]] = states[:args.c]  # (L, D)
+            latents[task["id"]] = states[:args.c]  # (L, D), all of them where --c is not given
             records[task["id"]] = make_record(task, plan, plan_token_ids, ms)
-            size += states.nbytes
+            size += latents[task["id"]].nbytes
         bar.update(len(batch))
         full, last = size >= args.shard_size_mb * 2**20, start + args.batch_size >= len(pending)
         # and every five minutes: a kill never costs more; SIGTERM costs nothing
         if full or last or sigterm or time.time() - written > 300:
-            sender["hidden_size"] = states.shape[1]
+            sender["hidden_size"] = states.shape[1]  # configs have several names for it
             write_shard(free_name(output_dir, rank), latents, records, sender)
             latents, records, size, written = {}, {}, 0, time.time()
         if sigterm:
             print(f"SIGTERM: what was collected is in {output_dir}; the same command continues from it")
             raise SystemExit(SIGTERM_EXIT)
     bar.close()
-    remove(rooms_path)
+    remove(rooms_path)  # the shards hold what was in it
     if rank == 0:
         ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"
         print(f"wrote {ready} to {output_dir}; look: python collect.py inspect {output_dir}; next: "

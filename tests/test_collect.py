@@ -66,13 +66,13 @@ def files_of(directory):
     return {name: (directory / name).read_bytes() for name in os.listdir(directory)}
 
 
-def prompt_ids(tokenizer, task, chat_template="auto"):
+def prompt_ids(tokenizer, task, chat_template="auto", **template_kwargs):
     """What the sender must have read, built without our code."""
     prompt = PLAN_PROMPT.format(task=task)
     if chat_template == "none":
         return tokenizer(prompt).input_ids
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                         add_generation_prompt=True)
+                                         add_generation_prompt=True, **template_kwargs)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -365,19 +365,23 @@ def test_a_template_that_cannot_end_a_turn_is_fine_for_a_sender(tasks, tmp_path)
 
 
 def test_template_arguments_reach_the_sender(tasks, tmp_path, refuses):
-    sender = save_model(tmp_path / "sender")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "assistant\n{% endif %}", "assistant\n{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}")
-    tokenizer.save_pretrained(sender)
-    plain = run(sender, tasks, tmp_path / "plain", "--max_samples", 3)
-    thinking = '{"enable_thinking": true}'
-    thinks = run(sender, tasks, tmp_path / "thinks", "--max_samples", 3, "--chat_template_kwargs", thinking)
-    assert plain.sender["chat_template_kwargs"] == {"enable_thinking": False}
-    for task_id in plain.records:
-        assert not torch.allclose(plain[task_id][0], thinks[task_id][0], atol=1e-2)
-    line = argv(sender, tasks, tmp_path / "plain", "--chat_template_kwargs", thinking)
-    refuses(main, line, "different: chat_template_kwargs", "--output_dir")
+    """Qwen3's template: without thinking its prompt ends in an empty thought."""
+    sender = save_model(tmp_path / "sender", kind="qwen3")
+    lm, tokenizer = load_lm(sender), make_tokenizer("qwen3")
+    for thinking in (False, True):
+        kwargs = {"enable_thinking": thinking}
+        out = tmp_path / str(thinking)
+        shards = run(sender, tasks, out, "--max_samples", 3,
+                     *(["--chat_template_kwargs", json.dumps(kwargs)] if thinking else []))
+        assert shards.sender["chat_template_kwargs"] == kwargs
+        for task_id, record in shards.records.items():
+            ids = prompt_ids(tokenizer, record["task"], **kwargs)
+            assert tokenizer.decode(ids).endswith("assistant\n" if thinking else "</think>\n\n")
+            with torch.no_grad():
+                hidden_states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+            torch.testing.assert_close(shards[task_id][0], hidden_states[0, -1], rtol=0, atol=1e-4)
+    # another prompt is another sender
+    refuses(main, argv(sender, tasks, out), "different: chat_template_kwargs", "--output_dir")
 
 
 def test_a_student_is_asked_as_in_its_training(tasks, tmp_path):
