@@ -10,7 +10,8 @@ Stage 4a: the actor plays household games under every communication variant, man
   torchrun --nproc_per_node 8 eval_alfworld.py --model_path actor --hidden_data messages_valid_seen \\
       --env alfworld --split valid_seen --runs 3 --temperature 0.7 --output_path results_3_runs
 
-games.py says what a game is. Run it again after a kill: episodes that are on disk are not played again.
+games.py says what a game is. Run it again after a kill: episodes that are on disk are not played again, those
+that crashed are.
 
 Output: episodes/VARIANT/runR/ID.json (all turns), summary.json (what the table says, and success by type of
 task), results.csv (variant, run, id, type, success, steps, invalid, crash), performance_metrics.csv (also
@@ -19,6 +20,7 @@ milliseconds, tokens, the message's length, memory), results.png.
 import argparse
 import csv
 import datetime
+import functools
 import os
 import time
 from urllib.parse import quote
@@ -49,10 +51,10 @@ def get_args(argv):
     g.add_argument("--trust_remote_code", type=boolean, default=False, help="run code that the model ships")
     g.add_argument("--chat_template_kwargs", type=json_object,
                    help="JSON for the chat template; default: as the actor was trained")
-    g.add_argument("--self_check", type=boolean, default=True, help="try at loading if the model can be used")
+    g.add_argument("--self_check", type=boolean, default=True, help="try at loading whether it can be used")
     g = parser.add_argument_group("messages")
     g.add_argument("--hidden_data", help="--output_dir of collect.py for these games")
-    g.add_argument("--sender", help="a live sender: collect.py runs first, on these games, into --output_path")
+    g.add_argument("--sender", help="a live sender: collect.py asks it first, into --output_path")
     g.add_argument("--sender_knows", choices=SENDER_KNOWS, default="nothing",
                    help="with --sender and --env alfworld: place tells it where the goal's objects are")
     g.add_argument("--latent_steps", type=positive, nargs="*", default=[], help="with --sender: a row per K")
@@ -68,8 +70,8 @@ def get_args(argv):
     g.add_argument("--env", default="alfworld", help="alfworld, or module:Class")
     g.add_argument("--split", default="valid_seen", help="alfworld: valid_seen or valid_unseen")
     g.add_argument("--instruction_file",
-                   help="text that opens each game instead of the actor's own instruction; of a training file "
-                        "(.json, .jsonl), turn 0 of its first conversation")
+                   help="text that opens each game instead of what the actor was trained with; of a training "
+                        "file (.json, .jsonl) the first human turn")
     g.add_argument("--variants", nargs="+", default=["latent"], help=", ".join(VARIANTS))
     g.add_argument("--max_steps", type=positive, default=20,
                    help="replies per episode; published: 20 (paper), 40 (ETO), 50 (released code)")
@@ -101,8 +103,8 @@ def check_runs(variants, runs, temperature):
     """Raises UserError where several runs would be one run several times."""
     still = [variant for variant in variants if variant not in (*PERTURBATIONS, "cross_task")]
     if runs > 1 and temperature == 0 and still:
-        raise UserError(f"--runs {runs} at --temperature 0 plays {', '.join(still)} {runs} times alike: leave "
-                        "--runs 1, or give a --temperature above 0")
+        raise UserError(f"--runs {runs} at --temperature 0 plays {', '.join(still)} {runs} times alike: "
+                        "leave --runs 1, or give a --temperature above 0")
 
 
 def read_instruction(path):
@@ -118,8 +120,8 @@ def read_instruction(path):
         raise UserError(f"--instruction_file {path} is neither a text nor a file of conversations: "
                         f"{error!r}") from None
     if "Your task is to:" in text:
-        raise UserError(f"--instruction_file {path}: its first turn holds a task already ('Your task is to:'); "
-                        "give a text that opens every game")
+        raise UserError(f"--instruction_file {path}: its first turn holds a task already ('Your task is "
+                        "to:'): give a text that opens every game")
     return text
 
 
@@ -145,7 +147,7 @@ class CachedChat:
         """Decode until is_over(ids) of each conversation -> B lists of ids, {b: its last id is unread}.
 
         The token that ends a reply is no part of it, so all of the reply has been read into the cache. Only
-        a reply that was cut at max_new_tokens ends with an id that was not; the next block begins with it."""
+        one that was cut at max_new_tokens ends with an id that was not; the next block begins with it."""
         B, device = len(logits), logits.device
         replies = [[] for _ in range(B)]
         talking = set(range(B))
@@ -188,11 +190,21 @@ def spoken(tokenizer, ids, more=""):
 
 def new_record(label, run, task, split, seed):
     """What is kept of an episode, before its first turn."""
-    names = {"variant": label, "split": split, "id": task["id"], "type": task.get("type", "")}
     counts = dict.fromkeys(["steps", "invalid", "tokens", "message_length"], 0)
     clocks = dict.fromkeys(["sender_ms", "actor_ms", "env_ms", "wall_ms"], 0.0)
-    texts = {"task": task["task"], "first_turn": "", "turns": []}
-    return names | {"run": run, "seed": seed + run, "success": False, "crash": None} | counts | clocks | texts
+    return counts | clocks | {
+        "variant": label,
+        "run": run,
+        "seed": seed + run,
+        "split": split,
+        "id": task["id"],
+        "type": task.get("type", ""),
+        "task": task["task"],
+        "success": False,
+        "crash": None,
+        "first_turn": "",
+        "turns": [],  # {"reply", "action", "observation"}
+    }
 
 
 @torch.inference_mode()
@@ -292,8 +304,8 @@ def check_context(lm, chat, batch, episodes, max_new_tokens):
     if longest > limit:
         record = episodes[lengths.argmax()]["record"]
         raise UserError(f"id {record['id']}: after {record['steps']} steps the episode needs {longest} "
-                        f"positions, the actor's context has {limit}: lower --max_steps or --max_new_tokens, or "
-                        "use an actor with a longer context (finished episodes are kept)")
+                        f"positions, the actor's context has {limit}: lower --max_steps or --max_new_tokens, "
+                        "or use an actor with a longer context (finished episodes are kept)")
 
 
 # -----------------------------------------------------------------------------------------------------
@@ -314,7 +326,7 @@ def wins_by_game(records):
 
 
 def bootstrap_interval(values, draws=10000):
-    """95 % interval of the mean of one value per game: games are drawn again with replacement -> (low, high)."""
+    """95 % interval of the mean of one value per game -> (low, high); games are drawn with replacement."""
     values = np.array(values, dtype=float)
     if values.min() == values.max():  # no spread to draw from
         return wilson_interval(values.sum(), len(values))
@@ -369,7 +381,8 @@ def summarize(records, labels):
         figures["crashed"] = sum(record["crash"] is not None for record in group)
         figures["tokens_per_s"] = 1000 * figures["tokens"] / max(figures["actor_ms"], 1e-9)
         figures["peak_memory_gb"] = max(record["peak_memory_gb"] for record in group)
-        figures["by_type"] = {name: mean_of(part, "success") for name, part in split_by(group, "type").items()}
+        types = split_by(group, "type")
+        figures["by_type"] = {name: mean_of(part, "success") for name, part in types.items()}
         summary[label] = figures
     return summary
 
@@ -427,6 +440,11 @@ def episode_path(output_path, label, run, task_id):
     return os.path.join(output_path, "episodes", label, f"run{run}", name + ".json")
 
 
+def is_played(path):
+    """True for the file of an episode that did not crash."""
+    return os.path.exists(path) and read_json(path)["crash"] is None
+
+
 # -----------------------------------------------------------------------------------------------------
 
 @one_line_errors("eval_alfworld.py")
@@ -455,23 +473,24 @@ def main(argv=None):
         dist.barrier()
     messages = {"": open_shards(args.hidden_data)} if args.hidden_data else {}
     if args.sender:
+        preset = "alfworld" if args.env == "alfworld" else "custom"
         messages |= collect_messages(
-            "alfworld" if args.env == "alfworld" else "custom", args.sender, args.output_path, args.latent_steps,
-            env=args.env, split=args.split, max_samples=args.num_episodes, sender_knows=args.sender_knows,
-            prompt_template=args.prompt_template, max_new_tokens=args.max_plan_tokens,
-            batch_size=args.sender_batch_size, torch_dtype=args.torch_dtype, seed=args.seed,
-            trust_remote_code=args.trust_remote_code, chat_template_kwargs=args.chat_template_kwargs,
-            self_check=args.self_check)
+            preset, args.sender, args.output_path, args.latent_steps, env=args.env, split=args.split,
+            max_samples=args.num_episodes, sender_knows=args.sender_knows, prompt_template=args.prompt_template,
+            max_new_tokens=args.max_plan_tokens, batch_size=args.sender_batch_size, seed=args.seed,
+            torch_dtype=args.torch_dtype, trust_remote_code=args.trust_remote_code,
+            chat_template_kwargs=args.chat_template_kwargs, self_check=args.self_check)
     rows = table_rows(variants, actors, tasks, messages, cross, args.keep_ratio)
     if rank == 0:
         write_json(os.path.join(args.output_path, "settings.json"), settings)
 
     # ---- what is left to play: this rank's games, under every variant, in the order of the table
+    path_of = functools.partial(episode_path, args.output_path)
     jobs = []
     for label in rows:
         for run in range(args.runs):
             for n in range(rank, len(tasks), world):
-                if not os.path.exists(episode_path(args.output_path, label, run, tasks[n]["id"])):
+                if not is_played(path_of(label, run, tasks[n]["id"])):
                     jobs.append((label, run, n))
     num_workers = args.env_workers
     if num_workers is None:
@@ -493,15 +512,14 @@ def main(argv=None):
             # a family that cannot skip holes in its cache plays one conversation at a time
             batch_size = args.batch_size if holes_allowed(actor.lm) else 1
             for start in range(0, len(actor_jobs), batch_size):
-                records = play(actor, actor_jobs[start:start + batch_size], all_tasks, rows, workers, game=game,
-                               split=args.split, instruction=opening, seed=args.seed, max_steps=args.max_steps,
-                               max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-                for record in records:
+                for record in play(
+                        actor, actor_jobs[start:start + batch_size], all_tasks, rows, workers, game=game,
+                        split=args.split, instruction=opening, seed=args.seed, max_steps=args.max_steps,
+                        max_new_tokens=args.max_new_tokens, temperature=args.temperature):
                     record["tokens_per_s"] = 1000 * record["tokens"] / max(record["actor_ms"], 1e-9)
                     record["peak_memory_gb"] = memory_gb(device)
-                    record |= {"device": device.split(":")[0], "dtype": args.torch_dtype}
-                    write_json(episode_path(args.output_path, record["variant"], record["run"], record["id"]),
-                               record)
+                    record["device"], record["dtype"] = device.split(":")[0], args.torch_dtype
+                    write_json(path_of(record["variant"], record["run"], record["id"]), record)
                     bar.update()
             del actor
         bar.close()
@@ -513,19 +531,22 @@ def main(argv=None):
         return None
 
     # ---- the files and the table, from the episodes on disk
-    records = [read_json(episode_path(args.output_path, label, run, task["id"]))
-               for label in rows for run in range(args.runs) for task in tasks]
+    records = []
+    for label in rows:
+        for run in range(args.runs):
+            records += [read_json(path_of(label, run, task["id"])) for task in tasks]
     summary = summarize(records, list(rows))
-    write_json(os.path.join(args.output_path, "summary.json"),
-               {"settings": settings, "actors": actors, "variants": summary})
+    whole = {"settings": settings, "actors": actors, "variants": summary}
+    write_json(os.path.join(args.output_path, "summary.json"), whole)
     write_csv(os.path.join(args.output_path, "results.csv"), RESULTS, records)
     if args.enable_timing:
         write_csv(os.path.join(args.output_path, "performance_metrics.csv"), METRICS, records)
-    success, intervals = [s["success"] for s in summary.values()], [s["interval"] for s in summary.values()]
-    plot_bars(os.path.join(args.output_path, "results.png"), list(summary), success, intervals,
+    plot_bars(os.path.join(args.output_path, "results.png"), list(summary),
+              [figures["success"] for figures in summary.values()],
+              [figures["interval"] for figures in summary.values()],
               "success (95 % interval: bootstrap over games)", args.split)
     print_table(summary)
-    print(f"\nwrote summary.json, results.csv, results.png and {len(records)} episodes to {args.output_path}")
+    print(f"\nwrote summary.json, results.csv, results.png, {len(records)} episodes to {args.output_path}")
     check_any_played(records)
     return summary
 

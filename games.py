@@ -503,7 +503,7 @@ def in_workers(method, tasks, desc, rank=0, per_worker=8):
     Yields [(task, answer or Crash)] of some tasks at a time."""
     if not tasks:
         return
-    workers = GameWorkers(AlfworldGame, min(spare_cores(), len(tasks)))
+    workers = GameWorkers(AlfworldGame, min(spare_cores(), len(tasks)), timeout=600)
     step = per_worker * len(workers.workers)
     with progress(total=len(tasks), desc=desc, unit="game", rank=rank) as bar:
         for start in range(0, len(tasks), step):

@@ -4,21 +4,24 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 import zlib
 from statistics import mean, stdev
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import collect
 import eval_alfworld
 import games
 from common import UserError, seed_for, wilson_interval
 from data import PLAN_ANNOUNCEMENT, encode_prompt, stop_ids, text_ids, to_messages
-from eval_alfworld import METRICS, bootstrap_interval, main, paired_test
-from model import LatentActor, LatentShards, write_shard
-from tiny import make_actor, save_model
+from eval_alfworld import METRICS, bootstrap_interval, episode_path, main, paired_test, spoken
+from model import LatentActor, LatentShards, holes_allowed, write_shard
+from tiny import make_actor, make_tokenizer, save_model
 from variants import VARIANTS, actors_of_variants
 
 WIDTH = 24  # of the senders; the actors are 32 wide
@@ -36,10 +39,11 @@ class Game:
                 "crash": [{"id": how, "task": how, "turns": 3, "won": True}
                           for how in ("fine", "reset", "step", "exit", "too")],
                 "hang": [{"id": how, "task": how, "turns": 3, "won": True} for how in ("fine", "hang")],
+                "broken": [{"id": str(i), "task": "reset", "turns": 1, "won": True} for i in range(2)],
                 "one": [{"id": "0", "task": "do it", "turns": 1}]}.get(split, [])
 
     def reset(self, task):
-        if task["task"] == "reset":
+        if task["task"] == "reset" and not os.environ.get("REPAIRED"):
             raise ValueError("no such room")
         self.task, self.said = task, []
         return f" You are in room {task['id']}. {task['task']} "
@@ -61,6 +65,14 @@ class Game:
         return observation, 0.0, done, {"won": won, "invalid": hashed % 5 == 0}
 
 
+class LineGame(Game):
+    """Only the first line of a reply is the action."""
+
+    @staticmethod
+    def cut_reply(reply):
+        return reply.split("\n")[0].strip()
+
+
 TASKS = Game().tasks("test")
 
 
@@ -74,11 +86,16 @@ def write_messages(directory, tasks, width=WIDTH, plan="take the cup {}", model=
     return str(directory)
 
 
-def save_talker(directory, *args, **kwargs):
-    """A random actor that says printable ASCII only, so that its text shows its tokens, and often ends its turn."""
+def save_talker(directory, *args, lm=None, newline=0, **kwargs):
+    """A random actor that says printable ASCII only, so that its text shows its tokens, and often ends its turn, or
+    says a newline `newline` times as often as it would."""
     actor = make_actor(*args, **kwargs)
+    actor.lm = lm or actor.lm
     head, eot = actor.lm.get_output_embeddings().weight.data, stop_ids(actor.tokenizer)[-1]
-    head[94:eot] = head[eot + 1:] = 0  # the first 94 ids of a byte-level alphabet are "!" to "~"
+    line = actor.tokenizer.convert_tokens_to_ids("Ċ")  # byte-level for a newline
+    head[line] = newline * head[94]
+    for start, end in ((94, line), (line + 1, eot), (eot + 1, len(head))):
+        head[start:end] = 0  # the first 94 ids of a byte-level alphabet are "!" to "~"
     head[eot] *= 2.5
     actor.save(str(directory))
     return str(directory)
@@ -140,8 +157,9 @@ def read(path):
 # ---- batched and cached equals alone without a cache
 
 @torch.no_grad()
-def alone(actor, task, variant, shards):
-    """One episode, every token re-reads the whole history -> [(ids of a reply, ended by itself?)], success."""
+def alone(actor, task, variant, shards, ends=()):
+    """One episode, every token re-reads the whole history -> [(ids of a reply, ended by itself?)], success. A token of
+    `ends` ends a reply in which something was said."""
     tokenizer, table, game = actor.tokenizer, actor.lm.get_input_embeddings(), Game()
     messages = [{"role": "user", "content": game.reset(task).strip()}]
     before, after = encode_prompt(tokenizer, messages, None if variant == "no_comm" else PLAN_ANNOUNCEMENT)
@@ -157,12 +175,12 @@ def alone(actor, task, variant, shards):
         reply = []
         while len(reply) < MAX_NEW_TOKENS:
             token = actor.lm(inputs_embeds=embeds[None]).logits[0, -1].argmax()
-            if token in stop:
+            if token in stop or token in ends and tokenizer.decode(reply).strip():
                 break
             reply.append(token.item())
             embeds = torch.cat([embeds, table(token[None])])
         replies.append((reply, len(reply) < MAX_NEW_TOKENS))
-        text = tokenizer.decode(reply)
+        text = tokenizer.decode(reply).strip()
         observation, _, done, info = game.step(text)
         if done:
             return replies, info["won"]
@@ -186,6 +204,50 @@ def test_batched_cached_play_equals_playing_alone_without_a_cache(world, tmp_pat
             ended += [by_itself for _, by_itself in replies]
             lengths.add(len(replies))
     assert 0.1 < sum(ended) / len(ended) < 0.9 and lengths == {1, 2, 3, 4, 5}  # the cases that are hard were among them
+
+
+def test_a_reply_ends_with_its_action_line(world, tmp_path):
+    """What comes after it is neither said nor read: each later reply is what follows a history without it."""
+    path = save_talker(tmp_path / "lines", sender_dim=WIDTH, newline=2)
+    main(argv({**world, "qwen2": path}, tmp_path / "o", "--env", "test_eval_alfworld:LineGame"))
+    actor, shards, found = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
+    line, ended = text_ids(actor.tokenizer, "\n"), set()
+    for task in TASKS:
+        replies, won = alone(actor, task, "latent", shards, ends=line)
+        record = found["latent", 0, task["id"]]
+        texts = [actor.tokenizer.decode(ids).strip() for ids, _ in replies]
+        assert [turn["reply"] for turn in record["turns"]] == texts
+        assert record["success"] == won and record["tokens"] == sum(len(ids) for ids, _ in replies)
+        ended |= {by_itself for _, by_itself in replies}
+    assert ended == {True, False}
+
+
+@pytest.mark.parametrize("family, more", [  # positions by column; a window that holes would fill
+    ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 4096}),
+    ("mistral", {"sliding_window": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8})])
+def test_a_family_that_cannot_skip_holes_plays_one_conversation_at_a_time(world, tmp_path, family, more):
+    torch.manual_seed(6)
+    config = AutoConfig.for_model(family, **more, vocab_size=280, tie_word_embeddings=False, initializer_range=0.3)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    assert not holes_allowed(lm)
+    path = save_talker(tmp_path / "actor", sender_dim=WIDTH, lm=lm)
+    main(argv({**world, "qwen2": path}, tmp_path / "o", "--batch_size", 8, "--num_episodes", 4))
+    actor, shards, found = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
+    for task in TASKS[:4]:
+        replies, _ = alone(actor, task, "latent", shards)
+        assert [turn["reply"] for turn in found["latent", 0, task["id"]]["turns"]] == [
+            actor.tokenizer.decode(ids) for ids, _ in replies]
+
+
+def test_thoughts_are_not_what_the_game_gets():
+    tokenizer = make_tokenizer("qwen3")
+
+    def said(text):
+        return spoken(tokenizer, text_ids(tokenizer, text))
+    assert said("<think>\nAction: look\n</think>\n\nAction: go") == "Action: go"
+    assert said("hm, Action: look\n</think>\nAction: go") == said(" Action: go ") == "Action: go"
+    assert said("<think>\nAction: look\n") == ""  # it was cut while it thought
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -377,6 +439,37 @@ def test_a_game_that_crashes_is_counted_and_the_others_go_on(world, tmp_path, ca
     assert row[:heading.index("crashed") + len("crashed")].split()[-1] == "3"
 
 
+def test_where_every_game_crashes_there_is_no_result(world, tmp_path, refuses, monkeypatch):
+    flags = argv({**world, "messages": world["others"]}, tmp_path, "--split", "broken", "--variants", "no_comm")
+    refuses(main, flags, "all 2 episodes crashed", "ValueError: no such room")
+    assert [row["crash"] for row in rows(tmp_path / "results.csv")] == ["ValueError: no such room"] * 2
+    monkeypatch.setenv("REPAIRED", "1")
+    assert main(flags)["no_comm"]["success"] == 1  # the same command plays again what crashed
+
+
+def test_ctrl_c_is_one_line(world, tmp_path):
+    """As a terminal sends it: to the evaluator and to its games."""
+    words = argv({**world, "messages": world["others"]}, tmp_path / "o", "--split", "hang", "--env_workers", 2)
+    command = f"import eval_alfworld\nprint('ready', flush=True)\neval_alfworld.main({words!r})"
+    process = subprocess.Popen([sys.executable, "-c", command], text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert process.stdout.readline() == "ready\n"
+    deadline = time.time() + 120
+    while len(episodes(tmp_path / "o")) < 1 and time.time() < deadline:  # the other one hangs
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.strip().splitlines()[-1].startswith("eval_alfworld.py: stopped by Ctrl-C")
+
+
+def test_ids_longer_than_file_names(tmp_path):
+    names = ["任务" * 60 + end for end in ("a", "b")] + ["x" * 300]
+    paths = {episode_path(str(tmp_path), "latent", 0, name) for name in names}
+    assert len(paths) == 3 and all(len(os.path.basename(path)) < 255 for path in paths)
+
+
 def test_a_game_that_hangs_has_crashed(world, tmp_path):
     main(argv({**world, "messages": world["others"]}, tmp_path, "--split", "hang", "--env_workers", 2, "--env_timeout",
               1))
@@ -407,7 +500,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("size", [2, 16])
-def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, size):
+def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, capsys, size):
     flags = ["--variants", "latent", "text", "--temperature", 1.0, "--batch_size", size]
     main(argv(world, tmp_path / "whole", *flags))
     out, real, written = tmp_path / "o", eval_alfworld.write_json, []
@@ -430,7 +523,9 @@ def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, size):
     main(argv(world, out, *flags))
     assert len(played) == 9 and before == {path: os.stat(path).st_mtime_ns for path in before}
     assert said(out) == said(tmp_path / "whole") and len(said(out)) == 14
+    capsys.readouterr()
     main(argv(world, out, *flags))
+    assert capsys.readouterr().err == ""  # no empty bar
     assert len(played) == 9  # a finished evaluation plays nothing, and another variant plays only itself
     main(argv(world, out, *flags, "--variants", "latent", "no_comm"))
     assert len(played) == 16 and list(read(out / "summary.json")["variants"]) == ["latent", "no_comm"]
@@ -535,12 +630,23 @@ def test_bad_flags_of_other_senders_and_games(world, tmp_path, refuses, flags, w
     assert not os.path.exists(tmp_path / "o")
 
 
-@pytest.mark.parametrize("text", [None, "[]", "{}", '[{"id": 1}]', '[{"conversations": []}]', "["])
+TASK = '[{"conversations": [{"from": "human", "value": "You are in a room. Your task is to: look."}]}]'
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", '[{"id": 1}]', '[{"conversations": []}]', "[", TASK])
 def test_bad_instruction_files(tmp_path, text):
     if text is not None:
         (tmp_path / "sft.json").write_text(text)
     with pytest.raises(UserError, match="sft.json"):
         eval_alfworld.read_instruction(str(tmp_path / "sft.json"))
+
+
+def test_an_instruction_is_the_first_human_turn(tmp_path):
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": " You live here. "}]
+    (tmp_path / "sft.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
+    (tmp_path / "text.txt").write_text("You live here.\n")
+    for name in ("sft.json", "text.txt"):
+        assert eval_alfworld.read_instruction(str(tmp_path / name)) == "You live here."
 
 
 def test_qwen2llama_is_played_by_the_actor_that_reads_its_sender(world, tmp_path):
@@ -628,12 +734,16 @@ def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypa
     """One command: a live sender, baselines, and messages of a sender of another family and width."""
     own, other = save_model(tmp_path / "own", "llama", width=WIDTH), save_model(tmp_path / "other", "qwen2", width=40)
     cross = save_talker(tmp_path / "cross", "llama", "llama3", sender_dim=40, seed=8)
+    no_cot = make_actor(message="none")
+    no_cot.info["instruction"] = "You live in a house."  # as train_actor.py keeps it from its file
+    no_cot.save(str(tmp_path / "no_cot"))
     collect.main(["alfworld", "--model_name_or_path", other, "--env", "alfworld", "--split", "valid_seen",
                   "--output_dir", str(tmp_path / "m"), "--max_new_tokens", "7", "--torch_dtype", "fp32"])
     out = tmp_path / "o"
     summary = main(without_messages(argv(
         world, out, "--env", "alfworld", "--split", "valid_seen", "--sender", own, "--max_plan_tokens", 5,
-        "--cross_hidden_data", tmp_path / "m", "--baseline_path", world["text"], world["none"], cross,
+        "--cross_hidden_data", tmp_path / "m", "--baseline_path", world["text"], tmp_path / "no_cot", cross,
+        "--sender_knows", "place",
         "--variants", *VARIANTS, "--max_steps", 2, "--max_new_tokens", 3, "--env_workers", 2, "--batch_size", 12,
         "--torch_dtype", "bf16", actor="llama")))
     found, table = episodes(out), capsys.readouterr().out.splitlines()
@@ -648,13 +758,17 @@ def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypa
     rooms = {task["id"]: task["opening"] for task in household}
     sent, crossed = LatentShards(str(out / "messages")), LatentShards(str(tmp_path / "m"))
     assert read(out / "summary.json")["actors"] == {v: world["llama"] for v in VARIANTS} | {
-        "cot_full": world["text"], "no_cot": world["none"], "qwen2llama": cross}
+        "cot_full": world["text"], "no_cot": str(tmp_path / "no_cot"), "qwen2llama": cross}
     for (variant, _, task_id), record in found.items():  # gibberish costs steps and crashes nothing
         assert record["steps"] == record["invalid"] == 2 and not record["success"] and record["crash"] is None
-        # the sender reads room and task, collected beforehand or live
-        assert record["first_turn"] == games.INSTRUCTION + "\n\n" + rooms[task_id]
+        instruction = "You live in a house." if variant == "no_cot" else games.INSTRUCTION
+        # the actor reads its own instruction, room and task
+        assert record["first_turn"] == instruction + "\n\n" + rooms[task_id]
         assert rooms[task_id].startswith("You are in the middle of a room.")
-        assert sent.records[task_id]["task"] == crossed.records[task_id]["task"] == rooms[task_id]
+        # a sender reads room and task, and where things are if it knows the place
+        assert crossed.records[task_id]["task"] == rooms[task_id]
+        place, opening = sent.records[task_id]["task"].split("\n\n", 1)
+        assert opening == rooms[task_id] and place.startswith("You have seen this house: ")
         messages = crossed if variant == "qwen2llama" else sent
         if variant in ("no_comm", "no_cot"):
             assert record["message_length"] == record["sender_ms"] == 0
