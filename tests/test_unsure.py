@@ -1,0 +1,158 @@
+"""A sender that is unsure: the world of examples/unsure.py, its messages in words, every stage through its script."""
+import math
+import os
+import random
+import re
+
+import pytest
+import torch
+
+import demo
+from common import read_json
+from examples import unsure
+from examples.unsure import WORLDS, demonstration, named_place, one_word, plan, search, two_words
+from model import lm_logits, load_lm, open_shards
+
+WORLD = pytest.mark.parametrize("name", WORLDS)
+
+
+def near(share, expected, n):
+    """Whether a share of n draws is within four standard deviations."""
+    return abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
+
+
+def seen(task):
+    """The places that the sender reads, in order, as the household spells them."""
+    memory = two_words(task["task"]).split(" seen at ")[1].split(" . ")[0]
+    return re.findall(r"\w+ \d", memory)
+
+
+# ---- the world
+
+@WORLD
+def test_each_sighting_is_as_likely_and_their_order_says_nothing(name):
+    tasks = WORLDS[name].tasks("train-7")
+    n = len(tasks)
+    sightings = 3 if name == "TwoToOne" else 2
+    for task in tasks:
+        assert len(seen(task)) == sightings and set(seen(task)) == set(task["places"])
+        assert len(set(task["places"])) == 2 and task["place"] in task["places"]
+    for k in range(sightings):
+        share = sum(seen(task)[k] == task["place"] for task in tasks) / n
+        assert near(share, 5 / 9 if name == "TwoToOne" else 1 / 2, n)  # 2/3 · 2/3 + 1/3 · 1/3
+    if name == "TwoToOne":
+        assert near(sum(seen(task).count(task["place"]) == 2 for task in tasks) / n, 2 / 3, n)
+
+
+@WORLD
+def test_the_actor_reads_the_goal_and_no_place(name):
+    world = WORLDS[name]
+    for task in world.tasks("test-7"):
+        first = world.reset(task)
+        assert not any(world.spell(place) in first for place in demo.PLACES)
+        assert first == world.reset({**task, "place": "shelf 1"})
+        assert first.endswith(f"your task is to : {demo.goal(task)} .")
+
+
+@WORLD
+def test_the_demonstration_goes_to_the_named_place_and_then_to_the_other(name):
+    world = WORLDS[name]
+    for task in world.tasks("test-7"):
+        for named in task["places"]:
+            actions = demonstration(task, named)
+            visits = [action.removeprefix("go to ") for action in actions if action.startswith("go to ")]
+            other, = set(task["places"]) - {named}
+            assert visits[0] == named
+            assert visits[1] == other or named == task["place"]
+            world.reset(task)
+            steps = [world.step(world.spell(action)) for action in actions]
+            assert [info["won"] for *_, info in steps] == [False] * (len(steps) - 1) + [True]
+            assert not any(info["invalid"] for *_, info in steps) and len(steps) <= demo.MAX_STEPS
+
+
+def test_a_search_wins_whatever_the_place():
+    world, rng = WORLDS["OneWord"], random.Random(0)
+    for task in world.tasks("test-7")[:50]:
+        world.reset(task)
+        steps = [world.step(one_word(action)) for action in search(task, rng)]
+        assert steps[-1][3]["won"] and not any(info["invalid"] for *_, info in steps)
+
+
+@WORLD
+def test_a_plan_names_what_the_sender_is_taught(name):
+    world = WORLDS[name]
+    for task in world.tasks("train-7")[:200]:
+        written = world.written(task)
+        text = plan(world, task, written)
+        assert text == world.spell(text) and named_place(text) == written[0]
+        assert written == (task["places"] if name == "BothWritten" else [task["place"]])
+        assert [place for place in demo.PLACES if world.spell(place) in text] == sorted(written, key=demo.PLACES.index)
+    assert named_place("take mug , put mug in/on desk1") is None
+
+
+def test_places_of_one_word_and_of_two():
+    text = "you see 2 shelf , 8 cabinet . take mug from cabinet 3 , put mug in/on desk 1"
+    assert one_word(text) == "you see 2 shelf , 8 cabinet . take mug from cabinet3 , put mug in/on desk1"
+    assert two_words(one_word(text)) == text and one_word(one_word(text)) == one_word(text)
+
+
+def test_seeds_have_other_tasks_of_the_same_kind():
+    worlds = WORLDS["OneWord"]
+    train, test = worlds.tasks("train-0"), worlds.tasks("test-0")
+    assert test == worlds.tasks("test-0") != worlds.tasks("test-1")
+    goals = [{(t["type"], t["object"], t["target"]) for t in tasks} for tasks in (train, test)]
+    assert goals[0] and goals[1] and not goals[0] & goals[1]
+
+
+# ---- messages in words, all stages
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The directory that a small run leaves."""
+    out = tmp_path_factory.mktemp("unsure")
+    unsure.main(["--fast", "--output_dir", str(out)])
+    return out
+
+
+def test_all_stages(small, capsys):
+    result = read_json(f"{small}/unsure.json")
+    assert os.path.getsize(f"{small}/unsure.png") > 10_000
+    rows = {"latent", "text", *unsure.CONTROLS.values()}
+    assert set(result["table"]) == set(result["seeds"]["0"]["rows"]) == rows
+    for parts in result["seeds"]["0"]["rows"].values():
+        assert parts["all"][1] == unsure.SIZES[True]["test"]
+        assert [a + b for a, b in zip(parts["right"], parts["wrong"])] == parts["all"]
+    for curve in result["seeds"]["0"]["curves"].values():
+        assert curve["step"] == [2, 4] and len(curve["loss"]) == len(curve["success"]) == 2
+
+    models = {path: os.stat(path).st_mtime_ns for path in small.rglob("*.safetensors")}
+    unsure.main(["--fast", "--output_dir", str(small)])  # nothing is run again
+    assert models == {path: os.stat(path).st_mtime_ns for path in small.rglob("*.safetensors")}
+    assert read_json(f"{small}/unsure.json") == result
+    out = capsys.readouterr().out
+    assert "wrong place named" in out and out.count("$ python") == 1  # inspect
+
+
+def test_the_demonstrations_follow_the_plans(small):
+    records = open_shards(f"{small}/seed0/OneWord/messages_train").records
+    for row in read_json(f"{small}/seed0/OneWord/train.json"):
+        named = named_place(records[row["id"]]["plan"])
+        action = row["conversations"][1]["value"]
+        if named in seen(records[row["id"]]):
+            assert action == f"go to {one_word(named)}"
+
+
+def test_between_word_and_state(small):
+    """`likeliest` is the sender's embedding of the words it wrote, `expected` the mean under its distribution."""
+    out = f"{small}/seed0/OneWord"
+    lm, messages = load_lm(f"{out}/base"), open_shards(f"{out}/messages_test")
+    table = lm.get_input_embeddings().weight
+    for kind in ("likeliest", "expected"):
+        unsure.write_words(out, "test", kind)
+        vectors = open_shards(f"{out}/{kind}_test")
+        assert vectors.records == messages.records and vectors.sender != messages.sender
+        for task_id, record in messages.records.items():
+            p = lm_logits(lm, messages[task_id]).softmax(-1)
+            mean = sum(p[:, word, None] * table[word] for word in range(len(table)))
+            expected = mean if kind == "expected" else table[torch.tensor(record["plan_token_ids"])]
+            torch.testing.assert_close(vectors[task_id], expected.detach(), atol=1e-5, rtol=1e-4)
