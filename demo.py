@@ -1,9 +1,9 @@
 """
 The whole of Interlat in minutes on a CPU: a tiny household, tiny language models, all stages.
 
-  python demo.py                 about three minutes on 2 cores: a table and demo_out/results.png
-  python demo.py --task math     problems instead of games (demo_math.py), in demo_out_math
-  python demo.py --fast          under a minute, weaker
+  python demo.py                 # about three minutes on 2 cores: a table and demo_out/results.png
+  python demo.py --task math     # problems instead of games (demo_math.py), in demo_out_math
+  python demo.py --fast          # under a minute, weaker
 
 The sender has seen the house, so its prompt says where the one object of the goal lies. The actor reads
 the goal only; the place can reach it through the message and through nothing else. Every stage runs through
