@@ -1,112 +1,249 @@
-"""The README does what it says: its commands parse and run, its links lead somewhere, and no flag is without a word."""
+"""The README does what it says, and the code keeps to the rules that make it readable: blocks run, commands parse,
+links lead somewhere, every flag is tested, no line is crowded."""
 import argparse
+import ast
+import glob
 import importlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
+import demo
 from common import read_json
+from model import open_shards
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("collect", "train_actor", "compress", "eval_alfworld", "eval_math")
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-    README = f.read()
 
 
-def blocks(language=""):
-    """[(whether it is marked as tested, text)] of the fenced blocks of a language."""
-    fenced = re.findall(r"(<!-- tested -->\n)?^```(\w*)\n(.*?)^```$", README, re.M | re.S)
-    return [(bool(mark), text) for mark, name, text in fenced if name == language]
+def read(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return file.read()
+
+
+README = read("README.md")
+OURS = README.split("The original repository's commands")[0]  # what follows there are other people's names
+CODE = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/*.py") + glob.glob(f"{ROOT}/examples/*.py"))
+FENCED = r"(<!-- tested -->\s+)?^```(\w*)\n(.*?)^```$"  # the mark, the language, the block
+
+
+def blocks(*languages):
+    """[(whether it is marked as tested, text)] of the fenced blocks of some languages; "" is a shell's."""
+    return [(bool(mark), text) for mark, language, text in re.findall(FENCED, README, re.M | re.S)
+            if language in languages]
 
 
 def commands(text):
-    """The shell commands of a block, one list of words each, comments and line ends in quotes aside."""
+    """The shell commands of a text, as lists of words: what follows python or torchrun, comments aside."""
     lines = text.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|torchrun|pip) ", line)]
+    words = [shlex.split(command, comments=True) for line in lines for command in line.split(" && ")
+             if re.match(r" *(python|torchrun) ", command)]
+    return [line for line in words if any(word.endswith(".py") for word in line)]
+
+
+SHELL = blocks("", "sh", "bash")
 
 
 def all_commands():
-    inline = re.findall(r"`(python [a-z_]+\.py [^`…]*)`", README)
-    return [c for _, text in blocks() for c in commands(text)] + [shlex.split(text) for text in inline]
+    """Those of the README, in blocks and in the text, and those that a script's docstring offers."""
+    inline = re.findall(r"`((?:python|torchrun) [^`…]*)`", re.sub(FENCED, "", README, flags=re.M | re.S))
+    texts = [text for _, text in SHELL] + [" ".join(text.split()) for text in inline]
+    for path in [*CODE, "tests/bench.py"]:
+        texts.append(ast.get_docstring(ast.parse(read(path))))
+    return [words for text in texts for words in commands(text)]
 
 
 def flags(script):
     """{flag: its action} of a script and its subcommands."""
-    parsers, found, real = [], {}, argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = lambda self, argv=None, namespace=None: parsers.append(self)
-    try:
+    def caught(parser, argv=None):
+        raise LookupError(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError) as error:
+        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
         importlib.import_module(script).get_args([])
-    finally:
-        argparse.ArgumentParser.parse_args = real
+    actions, parsers = {}, list(error.value.args)
     for parser in parsers:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
-            found |= {option: action for option in action.option_strings if option.startswith("--")}
-    return found
+            actions |= {option: action for option in action.option_strings if option.startswith("--")}
+    return actions
+
+
+# ---- the README's blocks and commands
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the demo_out of a demo that hardly trains."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        sizes = {"base": 2, "sender": 2, "train": 8, "test": 2, "actor": 1, "student": 1}
+        patch.setitem(demo.SIZES, ("household", True), sizes)
+        demo.main(["--fast"])
+    return folder
+
+
+def test_a_message_by_hand_is_what_the_scripts_send(folder, monkeypatch, capsys):
+    """The first Python block prints the task, stage 1's plan of it, and the reply that stage 4 has on disk."""
+    monkeypatch.chdir(folder)
+    marked = [text for mark, text in blocks("python") if mark]
+    exec(compile(marked[0], "README.md", "exec"), {"__name__": "by_hand"})
+    episode = read_json("demo_out/eval/episodes/latent/run0/test-0000.json")
+    plan = open_shards("demo_out/messages_test").records["test-0000"]["plan"]
+    expected = [episode["task"], plan, episode["turns"][0]["reply"]]
+    assert capsys.readouterr().out.splitlines()[-3:] == expected
+    for text in marked[1:]:
+        exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_every_python_block_is_tested():
+    """One without a mark is a recipe: test_forks.py types it, or a file of examples/ holds it."""
+    nodes = ast.walk(ast.parse(read("tests/test_forks.py")))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts += [read(path) for path in CODE if path.startswith("examples")]
+    typed = " ".join(" ".join(texts).split())
+    for mark, text in blocks("python"):
+        for part in text.split("\n\n"):
+            assert mark or " ".join(part.split()) in typed, part
+
+
+def test_marked_commands_run(folder, request):
+    for words in [words for mark, text in SHELL if mark for words in commands(text)]:
+        if words[0] == "python" and words[1].removesuffix(".py") in SCRIPTS:
+            done = request.getfixturevalue("forked")(words[1].removesuffix(".py"), words[2:], cwd=str(folder))
+            assert done["codes"] == [0], done
+        else:
+            subprocess.run([sys.executable, os.path.join(ROOT, words[1]), *words[2:]], cwd=folder, check=True)
 
 
 @pytest.mark.parametrize("words", all_commands(), ids=lambda words: " ".join(words)[:60])
 def test_commands_parse(words):
-    """Every flag that the README types exists, and every required one is there."""
-    names = [n for n, word in enumerate(words) if word.endswith(".py")]
-    if not names or words[names[0]].removesuffix(".py") not in SCRIPTS:
-        return
-    importlib.import_module(words[names[0]].removesuffix(".py")).get_args(words[names[0] + 1:])
+    """Every flag that the README or a docstring types exists, and every required one is there."""
+    n = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    source = read(words[n])
+    if "\ndef get_args(" in source:
+        importlib.import_module(words[n].removesuffix(".py").replace("/", ".")).get_args(words[n + 1:])
+    for word in words[n + 1:]:
+        assert not word.startswith("--") or "add_argument" in source, words
 
 
-def test_tested_commands_run(tmp_path, forked):
-    """The fork example, typed as it stands, in a folder beside the scripts: it shows what it says."""
-    example, = [text for _, text in blocks("python")]
-    assert len(example.splitlines()) < 60
-    (tmp_path / "safe.py").write_text(example)
-    tested = [c for mark, text in blocks() if mark for c in commands(text)]
-    assert len(tested) == 5
-    for _, script, *argv in tested:
-        if script.removesuffix(".py") in SCRIPTS:
-            done = forked(script.removesuffix(".py"), argv, cwd=str(tmp_path))
-            assert done["codes"] == [0], done
-        else:
-            subprocess.run([sys.executable, script, *argv], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": ROOT})
-    assert {"summary.json", "results.csv", "results.png", "episodes"} <= set(os.listdir(tmp_path / "safe_results"))
-    success = {name: figures["success"] for name, figures in read_json(
-        str(tmp_path / "safe_results" / "summary.json"))["variants"].items()}
-    assert success["none"] > 0.9 and success["text"] > 0.9, success
-    assert success["no_comm"] < 0.05 and success["cross_task"] < 0.05, success
-    assert "dial 0 0 1" in done["out"][0]  # what inspect printed last
+def test_every_flag_in_the_text_exists():
+    known = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--kills"}  # torchrun's, conftest.py's
+    known = known.union(*(flags(script) for script in (*SCRIPTS, "demo", "bench")))
+    known |= set(re.findall(r'"(--\w+)"', read("examples/unsure.py")))
+    assert set(re.findall(r"--[a-z_]{2,}", OURS)) <= known
+
+
+# ---- its links and its length
+
+def names_of(path):
+    """The functions, classes and methods (Class.method) of a file."""
+    names = set()
+    for node in ast.parse(read(path)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            methods = getattr(node, "body", [])
+            names |= {f"{node.name}.{method.name}" for method in methods if isinstance(method, ast.FunctionDef)}
+    return names
 
 
 def test_links_and_names_lead_somewhere():
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)]+)\)", README):
-        if not target.startswith("http"):
-            assert os.path.exists(os.path.join(ROOT, target)), target
-        if text.startswith("`") and target.endswith(".py"):  # a link to a function or a class
-            with open(os.path.join(ROOT, target)) as f:
-                assert re.search(rf"^(def|class) {text.strip('`')}\b", f.read(), re.M), (text, target)
-    for name in re.findall(r"`((?:tests/)?[a-z_]+\.py)`", README.split("The original repository's commands")[0]):
-        assert name == "safe.py" or os.path.exists(os.path.join(ROOT, name)), name
+    titles = re.findall(r"^#+ (.*)$", re.sub(FENCED, "", README, flags=re.M | re.S), re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", README):
+        path, _, anchor = target.partition("#")
+        if target.startswith("http"):
+            continue
+        assert os.path.exists(os.path.join(ROOT, path)), target
+        assert not anchor or path or anchor in anchors, target
+        if re.fullmatch(r"`[\w.]+`", text) and path.endswith(".py") and not text.endswith(".py`"):
+            assert text.strip("`") in names_of(path), (text, target)
+    for name in re.findall(r"`((?:tests/|examples/)?[a-z_]+\.py)`", OURS):
+        assert os.path.exists(os.path.join(ROOT, name)), name
+
+
+def test_it_is_short_and_finished():
+    assert len(README.splitlines()) <= 360
+    assert "@@" not in README
+
+
+# ---- flags
+
+def passes(text, flag):
+    """Whether a test gives a flag to a script: "--c", "--c 3", or in argv_of: {"c": 3}, c=3."""
+    if re.search(rf"""{flag}["' ]""", text):
+        return True
+    return "argv_of" in text and bool(re.search(rf'\b{flag[2:]}=[^=]|"{flag[2:]}":', text))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help_and_a_test(script):
-    texts = ""
-    for name in os.listdir(os.path.join(ROOT, "tests")):
-        if name.startswith("test_") and name != "test_readme.py":
-            with open(os.path.join(ROOT, "tests", name)) as f:
-                texts += f.read()
-    found = flags(script)
-    assert len(found) > 10 and all(action.help for action in found.values())
-    # as a flag, or as a keyword from which a test makes one
-    untested = [flag for flag in found if flag != "--help" and not re.search(rf"(--|\b){flag[2:]}\b", texts)]
+    names = {name for name in os.listdir(f"{ROOT}/tests") if name.startswith("test_")} - {os.path.basename(__file__)}
+    texts = [read(f"tests/{name}") for name in names]
+    actions = flags(script)
+    assert len(actions) > 10 and all(action.help for action in actions.values())
+    untested = [flag for flag in actions if flag != "--help" and not any(passes(text, flag) for text in texts)]
     assert not untested, f"no test uses {untested}"
 
 
-def test_every_mentioned_flag_exists():
-    known = {flag for script in SCRIPTS for flag in flags(script)} | {"--task", "--nnodes", "--node_rank", "--master_addr",
-                                                                      "--nproc_per_node", "--seed", "--fast", "--json", "--kills"}
-    ours = README.split("The original repository's commands")[0] + README.split("## It survives")[1]
-    assert {flag for flag in re.findall(r"--[a-z_]{2,}", ours)} <= known
+def test_a_variable_of_that_name_is_no_test_of_a_flag():
+    assert passes('main(["--c", "3"])', "--c") and passes("argv_of({'seed': 0}); train(out, c=3)", "--c")
+    assert not passes("c = 3\nfor c in range(c): print(c, abc=c)  # argv_of, --code, --c", "--c")
+
+
+# ---- the rules of the code
+
+LIMITS = {"expressions per line": 6.2, "% of lines of 110 columns or more": 5}
+BANNED = {"tenths", "cells", "found", "mine", "own", "room", "live"}  # words that said something else in each place
+
+
+def density(source):
+    """Expressions per line of code; docstrings, comments and empty lines are none."""
+    lines, tree = set(), ast.parse(source)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(isinstance(node, ast.expr) for node in ast.walk(tree)) / len(lines)
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_lines_are_not_crowded(path):
+    source = read(path)
+    lines = source.splitlines()
+    long = 100 * sum(len(line) >= 110 for line in lines) / len(lines)
+    for name, value in zip(LIMITS, (density(source), long)):
+        assert value <= LIMITS[name], f"{path}: {value:.2f} {name}"
+
+
+@pytest.mark.parametrize("path", CODE)
+def test_args_stay_in_main_and_words_have_one_meaning(path):
+    """A notebook, a test and a fork can call every function: it takes keyword arguments. Nobody changes args."""
+    for node in ast.walk(ast.parse(read(path))):
+        name = getattr(node, "id", getattr(node, "arg", getattr(node, "name", None)))
+        assert name not in BANNED, f"{path}:{node.lineno}: {name}"
+        if isinstance(node, ast.FunctionDef) and node.name != "check_args":
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            assert "args" not in [argument.arg for argument in arguments], f"{path}: {node.name}"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            assert getattr(node.value, "id", None) != "args", f"{path}:{node.lineno}: args.{node.attr} is changed"
+
+
+def test_no_path_of_somebodys_machine():
+    paths = [path for folder in ("", ".ci", "tests", "examples") for path in glob.glob(f"{ROOT}/{folder}/*")]
+    for path in [*paths, f"{ROOT}/.gitignore"]:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                content = file.read()
+            for name in ("work", "root"):
+                assert f"/{name}/".encode() not in content, path
+            assert b"." + b"library" not in content, path
