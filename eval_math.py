@@ -79,7 +79,7 @@ def get_args(argv):
                    help="a row per share: messages are cut to this share of their states")
     g = parser.add_argument_group("problems")
     g.add_argument("--dataset", required=True,
-                   help="MATH's directory; a .json, .jsonl or .parquet such as MATH-500, GSM8K, AIME; a hub id")
+                   help="MATH's directory; a .json, .jsonl or .parquet (MATH-500, GSM8K, AIME); a hub id")
     g.add_argument("--split", default="test", help="of a directory or a hub dataset")
     g.add_argument("--subjects", nargs="+", help="only these values of the field `type` or `subject`")
     g.add_argument("--num_samples", type=positive, help="only the first N problems")
@@ -173,7 +173,8 @@ SPELLINGS = [
     (rf"{TEXT}([^{{}}]*)\}}", r" \1 "),
     (r"(?:(?<=[\d})])\s*|(?:(?<=\d[a-z])|(?<=\\pi))\s+)(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
      rf"(?:{RATE}\s*(?:/|\bper\b)\s*{RATE}|{UNIT}){POWER}$", ""),
-    # the full stop, the choice (A), Even, 10 000
+    # 6 p.m., the full stop, the choice (A), Even, 10 000
+    (r"(?<=\d)\s*([ap])\.?\s?m\b\.?", lambda match: f" {match[1]}m".lower()),
     (r"(?<!\.)\.\s*$", ""),
     (r"^\s*\(\s*([a-z])\s*\)\s*$", r"\1"),
     (r"(?<![\\a-z])(?-i:No|[A-Z][a-z]{2,})(?![a-z])", lambda match: match[0].lower()),
@@ -661,7 +662,7 @@ def check_any_answered(records):
     first = f"the first, {failed[0]['variant']} {failed[0]['id']}: {failed[0]['error']}"
     if len(failed) == len(records):
         raise UserError(f"all {len(records)} answers failed, {first}")
-    print(f"\n{len(failed)} answers failed and count as wrong, until the same command tries them again; {first}")
+    print(f"\n{len(failed)} answers failed and count as wrong; the same command tries them again; {first}")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -695,10 +696,11 @@ def main(argv=None):
         messages |= collect_messages(
             "math", args.sender, args.output_dir, args.latent_steps, dataset_path=args.dataset,
             split=args.split, subjects=args.subjects, max_samples=args.num_samples, id_field=args.id_field,
-            task_field=args.task_field, response_field="", prompt_template=args.prompt_template,
-            max_new_tokens=args.max_plan_tokens, batch_size=args.sender_batch_size,
-            torch_dtype=args.torch_dtype, seed=args.seed, trust_remote_code=args.trust_remote_code,
-            chat_template_kwargs=args.chat_template_kwargs, self_check=args.self_check)
+            task_field=args.task_field, response_field="", answer_field="",
+            prompt_template=args.prompt_template, max_new_tokens=args.max_plan_tokens,
+            batch_size=args.sender_batch_size, torch_dtype=args.torch_dtype, seed=args.seed,
+            trust_remote_code=args.trust_remote_code, chat_template_kwargs=args.chat_template_kwargs,
+            self_check=args.self_check)
     rows = table_rows(variants, actors, tasks, messages, cross, args.keep_ratio)
     parts = os.path.join(args.output_dir, "parts")
     os.makedirs(parts, exist_ok=True)
@@ -710,7 +712,8 @@ def main(argv=None):
     samples = range(args.samples_per_question)
     every_job = [(label, n, k) for label in rows for n in order for k in samples]
     done = {key for key, record in read_parts(parts).items() if not record["failed"]}
-    jobs = [(label, n, k) for label, n, k in every_job[rank::world] if (label, tasks[n]["id"], k) not in done]
+    jobs = [(label, n, k) for label, n, k in every_job[rank::world]
+            if (label, tasks[n]["id"], k) not in done]
 
     # ---- answer
     bar = progress(total=len(jobs), desc="answer", unit="answer", rank=rank)
@@ -754,7 +757,7 @@ def main(argv=None):
     })
     plot_bars(os.path.join(args.output_dir, "results.png"), list(summary),
               [s["accuracy"] for s in summary.values()], [s["interval"] for s in summary.values()],
-              "accuracy (95 % Wilson interval)", f"{len(tasks)} problems of {os.path.basename(args.dataset)}")
+              "accuracy (95 % Wilson interval)", f"{len(tasks)} problems")
     print_table(summary)
     check_any_answered(records)
     print(f"\nwrote summary.json, results.png and detailed_results.jsonl to {args.output_dir}: "

@@ -118,6 +118,7 @@ EQUAL = [
     ("2516", "2516_8"), ("2516_{8}", "2516_8"), ("2516_8", r"2516_{\text{8}}"), ("-12_3", "-12"),
     ("n=2516_8", "2516_8"),
     ('"A"', "A"), ("``A''", "A"), ("“even”", r"\text{even}"), (r"\text{``no''}", "no"),
+    (r"6\text{ p.m.}", r"\text{6 PM}"), (r"\text{4:30 p.m.}", "4:30 pm."), ("9 A.M.", r"9\text{ a.m.}"),
     # units outside \\text, other commands for words and styles
     ("60 m/s", "60"), (r"60\text{ m/s}", "60 m/s"), ("4$ inches per second", "4"), ("30 km/h", "30"), ("5 ft/sec", "5"),
     ("12 miles per hour", "12"), (r"2.5\ \text{kg}", "5/2"), ("7 cubic feet", "7"), (r"9\pi \text{ in}^2", r"9\pi"),
@@ -219,7 +220,7 @@ UNEQUAL = [
     (r"3\text{ dozen}", "3"), (r"2\text{ thousand}", "2"), (r"x\text{-axis}", r"y\text{-axis}"), (r"2\mathbf{a}", "2"),
     ("60 m", "60"), ("60 m/n", "60"), ("4 per 5", "4"), (r"\text{a point}", r"\text{a line}"),
     (r"\text{no}", r"\text{none}"), (r"\text{no}", r"\text{not}"), (r"\text{Tuesday}", r"\text{Thursday}"),
-    ("1:03 PM", "1:30 PM"), ("12:30", "12.30"),
+    ("1:03 PM", "1:30 PM"), ("1:03 a.m.", "1:03 PM"), ("12:30", "12.30"),
     (r"5\text{ cm}", r"5\pi\text{ cm}"), (r"5\text{ m}+3", "8"), (r"\text{ACF}", r"\text{AFC}"),
     # products, relations, scripts
     (r"2\cdot\sqrt3", r"2+\sqrt3"), (r"2\cdot\sqrt3", r"\sqrt6"), (r"2\cdot 3", "6"), ("2(3)", "23"), ("2*pi", "2"),
