@@ -83,7 +83,8 @@ class HiddenStateProcessor(nn.Module):
     def forward(self, hidden_states, mask):
         """hidden_states (B, L, d_s), mask (B, L) bool, True where a state is real -> (B, L, d_a)."""
         n = self.norm_in(self.input_projector(hidden_states))  # (B, L, d_a)
-        padding = ~mask & mask.any(dim=1, keepdim=True)  # where nothing is real, attend to padding: nothing would be NaN
+        # a sample without a message may attend to its padding, because attention to nothing is NaN
+        padding = ~mask & mask.any(dim=1, keepdim=True)
         a, _ = self.attention(n, n, n, key_padding_mask=padding, need_weights=False)
         return self.projection(self.norm_out(n + a))
 
@@ -102,7 +103,10 @@ def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
 
     The paper's order; the released code has it the other way round and never reaches ratio 0, the pure
     latent message that evaluation uses. Where sender and actor split the plan differently, each part is
-    cut at its share of its length. No plan and no latents: no message."""
+    cut at its share of its length. No plan and no latents: no message.
+
+    In the result `skip` counts the states that words replace, and `message_start` is where the states
+    begin, after those words: 2 and len(before) + 2 in the example."""
     L = 0 if latents is None else len(latents)
     skip = share_of(ratio, L)
     plan = list(plan_ids)[:share_of(ratio, len(plan_ids))]
@@ -210,9 +214,9 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
 
     hidden_states: {name: (N, D)}, targets: {name: (N, ...)}; loss_fn gets the same dicts for n
     positions at a time, with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a
-    chunk's logits are made again in the backward pass, one more product with the head. Small chunks pay
-    for summing the table's gradient, large ones for fresh memory: 2^22 logits were fastest on two CPU
-    cores."""
+    chunk's logits are made again in the backward pass, one more product with the head. Each chunk adds
+    to the whole head's gradient, so small chunks are slow, and large ones wait for memory: 2^22 logits
+    were fastest on two CPU cores."""
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     n = max(1, chunk_logits // vocabulary)
 
@@ -235,8 +239,8 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
 
 
 def adaptive_weight(ceiling, loss, scale):
-    """Between ceiling / 10 and ceiling, growing with the (detached) loss: a term that is satisfied
-    steps back."""
+    """Between ceiling / 10 and ceiling, which is reached where the (detached) loss is `scale`: a term
+    that is satisfied steps back."""
     return ceiling * min(max(loss / scale, 0.1), 1.0)
 
 
@@ -259,6 +263,7 @@ class LatentActor(nn.Module):
         inputs_embeds = self.lm.get_input_embeddings()(batch["input_ids"])  # (B, T, D)
         if "latents" in batch:
             latents = batch["latents"].to(next(self.adapter.parameters()).dtype)  # bf16 in an evaluation
+            # the adapter always reads the whole message, also the states that words replace
             message = self.adapter(latents, batch["latents_mask"])  # (B, L, D)
             message = message[batch["keep_mask"]].to(inputs_embeds.dtype)  # (all inserted states, D)
             inputs_embeds = inputs_embeds.masked_scatter(batch["message_mask"].unsqueeze(-1), message)
@@ -637,7 +642,7 @@ def embedding_rms(lm):
     return word_embeddings(lm).pow(2).mean().sqrt().item()
 
 
-# ---- input embeddings -> states -> logits: the three ways in which every script runs a model
+# ---- input embeddings -> states -> logits: every script runs a model by decoder_states and lm_logits
 
 def decoder_of(lm):
     """The module between the input embeddings and the output head: lm.get_decoder() but for the few
@@ -677,6 +682,9 @@ def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
                             position_ids=position_ids, cache=cache, use_cache=cache is not None)
     return output.last_hidden_state
 
+
+# What a family does after its decoder is more than its head: caps, scales. So lm_logits runs the family's
+# own forward on a copy of the model that has in its decoder's place a module which returns its input.
 
 class GivenStates(nn.Module):
     """Stands in for a decoder: its last hidden states are what it is given as input embeddings."""
@@ -776,7 +784,7 @@ def self_check(lm):
             parts.append(decoder_states(lm, embeds[1:, t:t + 1], mask[1:, :t + 1], cache))
         return torch.cat(parts, dim=1), states[:, 5:]  # (1, 4, D)
 
-    what = "its decoder can be run by itself"
+    what = "its decoder can be run by itself"  # what is tried now: the error says it
     checks = {"its logits follow from its last hidden states": head,
               "input embeddings say what their ids say": embedded,
               "a sample padded on the left says what it says alone": padded,
