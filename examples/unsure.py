@@ -69,6 +69,7 @@ class OneWord(Household):
     """The demo's household. A task has two `places`; the object is at one of them, `place`."""
     spell = staticmethod(one_word)
     twice = False  # whether one place was seen twice; each sighting is as likely to be the right one
+    reads_or = True  # whether the language model has read plans of two places before it reads latents
 
     def tasks(self, split):
         """"train-0", "test-0": the tasks of seed 0."""
@@ -126,7 +127,12 @@ class TwoToOne(OneWord):
     twice = True
 
 
-WORLDS = {world.__name__: world() for world in (OneWord, BothWritten, TwoWords, TwoToOne)}
+class NeverOr(OneWord):
+    """An actor that has never been told of two places, not in words either."""
+    reads_or = False
+
+
+WORLDS = {world.__name__: world() for world in (OneWord, BothWritten, NeverOr, TwoWords, TwoToOne)}
 
 
 def plan(world, task, places):
@@ -191,13 +197,13 @@ def actor_sample(world, task, actions, message=""):
 def samples(world, rng):
     """draw(rng) for `train_lm`: a step teaches the sender or the actor, whose samples are five times as long.
 
-    The actor knows what a plan of one place and what "cabinet3 or drawer5" means before it reads any latents."""
+    The actor knows plans of one place and plans of two, "cabinet3 or drawer5", before it reads any latents."""
     if rng.random() < 0.5:
         return [sender_sample(world, world.draw(rng, "train")) for _ in range(32)]
     drawn = []
     for n in range(8):
         task = world.draw(rng, "train")
-        places = task["places"] if n % 2 else [rng.choice(task["places"])]
+        places = task["places"] if n % 2 and world.reads_or else [rng.choice(task["places"])]
         message = f"{PLAN_ANNOUNCEMENT} <bop> {plan(world, task, places)} <eop>"
         drawn.append(actor_sample(world, task, demonstration(task, places[0]), message))
     while len(drawn) < 12:
@@ -232,13 +238,25 @@ ACTORS = {  # row of the table: (world, its messages, flags of train_actor.py)
     "expected word": ("OneWord", "expected", "--curriculum 0"),
     "latent, usual curriculum": ("OneWord", "messages", ""),
     "latent, plan similarity": ("OneWord", "messages", "--curriculum 0 --plan_similarity_weight 0.5"),
+    "latent, no 'or' read before": ("NeverOr", "messages", "--curriculum 0"),
     "latent, places of two words": ("TwoWords", "messages", "--curriculum 0"),
     "text, places of two words": ("TwoWords", "messages", "--message text"),
     "latent, sightings 2:1": ("TwoToOne", "messages", "--curriculum 0"),
     "text, sightings 2:1": ("TwoToOne", "messages", "--message text"),
 }
-SHORT = ["latent", "text"]  # the rows without --all, and those of the learning curve
+SHORT = ["latent", "text"]  # the rows without --all
+CURVES = {"latent": "tab:blue", "text": "tab:orange", "latent, no 'or' read before": "tab:green"}
 CONTROLS = {"no_comm": "no message", "cross_task": "another task's message", "randomrot": "rotated at random"}
+
+
+def folder_of(row):
+    """latent, places of two words -> latent_places_of_two_words"""
+    return re.sub(r"\W+", "_", row)
+
+
+def variant_of(flags):
+    """What eval_alfworld.py calls the message that an actor was trained on."""
+    return "text" if "--message text" in flags else "latent"
 
 
 def run(out, values, name, command):
@@ -339,15 +357,16 @@ def plan_is_right(out, world, seed):
 def learning_curve(out, row, seed, sizes):
     """How the second place is learned -> {"step", "loss", "success"}, three lists: the held-out loss, and the
     success where the plan named the wrong place."""
+    world, messages, flags = ACTORS[row]
+    folder, variant = folder_of(row), variant_of(flags)
     curve = {"step": [], "loss": [], "success": []}
-    with open(f"{out}/{row}/loss_log.csv") as file:
+    with open(f"{out}/{folder}/loss_log.csv") as file:
         evaluations = [record for record in csv.DictReader(file) if record["eval_loss"]]
     for record in evaluations:
         step = int(record["step"])
-        checkpoint = f"{row}/checkpoint-{step}"
-        # the row's name is the variant's too
-        counts = play(out, f"{row}-{step}", "OneWord", seed, sizes, checkpoint, "messages", row)
-        wins, tasks = counts[row]["wrong"]
+        checkpoint = f"{folder}/checkpoint-{step}"
+        counts = play(out, f"{folder}-{step}", world, seed, sizes, checkpoint, messages, variant)
+        wins, tasks = counts[variant]["wrong"]
         curve["step"].append(step)
         curve["loss"].append(float(record["eval_loss"]))
         curve["success"].append(wins / max(tasks, 1))
@@ -357,7 +376,7 @@ def learning_curve(out, row, seed, sizes):
 def one_row(out, row, seed, sizes):
     """Train and play the actor of a row -> {row: counts}, with the controls where it is the latent one."""
     world, messages, flags = ACTORS[row]
-    folder = re.sub(r"\W+", "_", row)
+    folder, variant = folder_of(row), variant_of(flags)
     if not os.path.exists(f"{out}/train.json"):
         prepare(out, world, seed, sizes)
     for split in ("train", "test"):
@@ -365,7 +384,6 @@ def one_row(out, row, seed, sizes):
             write_words(out, split, messages)
     train(out, folder, messages, flags, seed, sizes)
 
-    variant = "text" if "text" in flags else "latent"
     controls = CONTROLS if row == "latent" else {}
     counts = play(out, folder, world, seed, sizes, folder, messages, " ".join([variant, *controls]))
     rows = {row: counts[variant]}
@@ -381,7 +399,7 @@ def one_seed(out, rows, seed, sizes):
         world = ACTORS[row][0]
         path = f"{out}/{world}"
         result["rows"] |= one_row(path, row, seed, sizes)
-        if row in SHORT:
+        if row in CURVES:
             result["curves"][row] = learning_curve(path, row, seed, sizes)
         result["seconds"][world] = read_json(f"{path}/seconds.json")
     return result
@@ -441,12 +459,12 @@ def plot(table, seeds, path):
 
     success = figure.add_subplot(2, 2, 2)
     loss = figure.add_subplot(2, 2, 4)
-    for row, color in zip(SHORT, ("tab:blue", "tab:orange")):
-        for result in seeds.values():
-            curve = result["curves"][row]
-            success.plot(curve["step"], curve["success"], ".-", color=color)
-            loss.plot(curve["step"], curve["loss"], ".-", color=color)
-        success.plot([], [], color=color, label=row)
+    for result in seeds.values():
+        for row, curve in result["curves"].items():
+            success.plot(curve["step"], curve["success"], ".-", color=CURVES[row])
+            loss.plot(curve["step"], curve["loss"], ".-", color=CURVES[row])
+    for row in result["curves"]:
+        success.plot([], [], color=CURVES[row], label=row)
     success.set(ylim=(0, 1), ylabel="success, wrong place named")
     loss.set(ylim=(0, None), ylabel="held-out loss", xlabel="step of train_actor.py (a line per seed)")
     success.legend()
