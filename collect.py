@@ -39,7 +39,7 @@ from games import SENDER_KNOWS, sender_tasks
 from model import (DTYPES, LatentSender, LatentShards, context_length, decoder_states, left_pad, lm_logits,
                    load_config, load_lm, load_tokenizer, new_cache, next_tokens, open_shards, write_shard)
 
-FORMAT_VERSION = 1  # of the shards
+SHARD_FORMAT = 1  # of the shards
 
 
 def get_args(argv):
@@ -420,7 +420,7 @@ def import_messages(source, output_dir, model="unknown", split="train", shard_si
         if sender is None and row.get("sender"):
             sender = json.loads(row["sender"])
         elif sender is None:  # another tool's file
-            sender = {"model": model, "dtype": dtype, "format_version": FORMAT_VERSION,
+            sender = {"model": model, "dtype": dtype, "format_version": SHARD_FORMAT,
                       "hidden_size": states.shape[1]}
         latents[task_id] = torch.from_numpy(states).to(DTYPES[dtype])  # (L, d)
         if row.get("record"):
@@ -455,10 +455,10 @@ def main(argv=None):
 
     # ---- tasks: this rank's part, which does not depend on what is done, so that a rank may start late
     done = LatentShards(output_dir)  # empty where there is no directory
-    rooms_path = os.path.join(output_dir, f"rooms-rank{rank:05d}.json")
+    houses_path = os.path.join(output_dir, f"houses-rank{rank:05d}.json")
     if args.env:  # to open a game takes time: what was read of them is kept where a run is killed
         tasks = sender_tasks(args.env, args.split, args.max_samples, done.records, args.sender_knows,
-                             rooms_path, rank, world)
+                             houses_path, rank, world)
     else:
         every_task = load_tasks(
             args.dataset_path, args.id_field, args.task_field, args.response_field,
@@ -470,7 +470,9 @@ def main(argv=None):
     # the flag, else what a student was asked in training, else the preset
     bridge = read_bridge(model_path) if args.latent_steps else {}
     prompt_template = args.prompt_template or bridge.get("prompt_template", PRESETS[args.command][0])
-    template_kwargs = args.chat_template_kwargs or bridge.get("chat_template_kwargs")
+    template_kwargs = args.chat_template_kwargs
+    if template_kwargs is None:
+        template_kwargs = bridge.get("chat_template_kwargs")
     tokenizer = load_tokenizer(model_path, args.trust_remote_code, template_kwargs)
     # a base model has no template: it continues the bare prompt
     chat_template = args.chat_template if tokenizer.chat_template else "none"
@@ -503,7 +505,7 @@ def main(argv=None):
         "seed": args.seed,
         "c": args.c,
         **decoding,
-        "format_version": FORMAT_VERSION,
+        "format_version": SHARD_FORMAT,
     }
     if len(done):
         check_sender(done, sender, output_dir)
@@ -557,7 +559,7 @@ def main(argv=None):
             print(f"SIGTERM: what was collected is in {output_dir}; the same command continues from it")
             raise SystemExit(SIGTERM_EXIT)
     bar.close()
-    remove(rooms_path)  # the shards hold what was in it
+    remove(houses_path)  # the shards hold what was in it
     if rank == 0:
         ready = "its part of the messages" if world > 1 else f"{len(tasks)} messages"
         print(f"wrote {ready} to {output_dir}; look: python collect.py inspect {output_dir}; next: "

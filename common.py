@@ -328,8 +328,7 @@ def prepare_output(output_dir, checkpoint):
 
 
 def save_checkpoint(directory, rank, model, write_model, optimizer, state):
-    """One atomic directory. All ranks must call it, because FSDP2 puts the shards together; rank 0
-    writes.
+    """One atomic directory. All ranks must call it, because FSDP2 puts the shards together; rank 0 writes.
 
     write_model(path, state_dict) gets {name: whole tensor on the CPU}."""
     from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,

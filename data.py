@@ -69,8 +69,7 @@ def to_messages(record, task_turn=0, where="conversation"):
 
 
 def read_turn(turn, where):
-    """{"from", "value"} or {"role", "content"} -> {"role", "content"}. Raises UserError naming
-    `where`."""
+    """{"from", "value"} or {"role", "content"} -> {"role", "content"}. Raises UserError naming `where`."""
     if isinstance(turn, dict):
         role = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
@@ -223,8 +222,7 @@ def final_reply(text):
 
 
 def encode_prompt(tokenizer, messages, announcement=None, where="conversation", reply=None):
-    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of
-    ints.
+    """Ids of all that follows the last assistant turn in `messages` -> (before, after), two lists of ints.
 
     Where the first human turn is part of the answer, the message goes between `before`, which then ends
     with the announcement and <bop>, and `after`, which starts with <eop>; announcement None leaves all
@@ -416,8 +414,7 @@ def reference_text(record, field, flag, where):
 
 
 def of_subjects(tasks, subjects, path):
-    """The tasks of these subjects, however they are spelled. Raises UserError for one that no task
-    has."""
+    """The tasks of these subjects, however they are spelled. Raises UserError for one that no task has."""
     names = {subject_key(task["type"]): str(task["type"]) for task in tasks if "type" in task}
     for subject in subjects:
         if subject_key(subject) not in names:
@@ -496,7 +493,7 @@ class Conversations:
             with_message = announcement if message != "none" else None
             encoded = encode_conversation(tokenizer, messages, with_message, where)
             if message == "latent":
-                message_length = self.check_message(n, where)
+                message_length = self.latent_length(n, where)
             if message != "none":
                 plan_ids = self.plan_ids(n, tokenizer, where)
             if message == "text":
@@ -537,7 +534,7 @@ class Conversations:
             raise UserError(f"{where}: empty plan: collect it again, or give the record a 'plan'")
         return ids
 
-    def check_message(self, n, where):
+    def latent_length(self, n, where):
         """The length of sample n's latent message. Raises UserError if there is none, or of another
         width."""
         if has_latents(self.records[n]):
@@ -589,8 +586,7 @@ def has_latents(record):
 
 
 def read_latents(record):
-    """hidden_state (nested lists) or hidden_state_path (.npy, .safetensors, .pt) of a record -> (L,
-    d)."""
+    """hidden_state (nested lists) or hidden_state_path (.npy, .safetensors, .pt) of a record -> (L, d)."""
     path = record.get("hidden_state_path")
     if path is None:
         return torch.tensor(record["hidden_state"], dtype=torch.float32)

@@ -92,8 +92,8 @@ class Household:
         rng = random.Random(task["id"])
         for other in rng.sample([obj for obj in OBJECTS if obj != task["object"]], 3):
             self.contents[rng.choice(PLACES)].append(other)
-        room = "you are in a room . you see 2 shelf , 8 cabinet , 8 drawer ."
-        return f"{room} your task is to : {goal(task)} ."
+        view = "you are in a room . you see 2 shelf , 8 cabinet , 8 drawer ."
+        return f"{view} your task is to : {goal(task)} ."
 
     def step(self, action):
         """Do one action -> (observation, reward, done, {"won", "invalid"})."""

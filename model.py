@@ -36,7 +36,7 @@ from transformers.utils import logging as hf_logging
 from common import UserError, atomic_path, read_json, write_json
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
-FORMAT_VERSION = 2  # of latent_adapter.json
+ADAPTER_FORMAT = 2  # of latent_adapter.json
 
 # ------------------------------------------------------------------------------------------------
 # 1. Adapter: sender states -> actor embeddings
@@ -105,18 +105,18 @@ def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
     latent message that evaluation uses. Where sender and actor split the plan differently, each part is
     cut at its share of its length. No plan and no latents: no message.
 
-    In the result `skip` counts the states that words replace, and `message_start` is where the states
-    begin, after those words: 2 and len(before) + 2 in the example."""
+    In the result `n_replaced` counts the states that words replace, and `latents_start` is where the
+    states begin, after those words: 2 and len(before) + 2 in the example."""
     L = 0 if latents is None else len(latents)
-    skip = share_of(ratio, L)
+    n_replaced = share_of(ratio, L)
     plan = list(plan_ids)[:share_of(ratio, len(plan_ids))]
-    message = plan + [0] * (L - skip)  # any id: latents take these places in `LatentActor.embed`
+    message = plan + [0] * (L - n_replaced)  # any id: latents take these places in `LatentActor.embed`
     return {"input_ids": before + message + after,
             "labels": [-100] * len(before + message) + labels,
-            "message_start": len(before) + len(plan),
+            "latents_start": len(before) + len(plan),
             "message_length": len(message),
             "latents": latents,
-            "skip": skip}
+            "n_replaced": n_replaced}
 
 
 def share_of(ratio, length):
@@ -132,10 +132,10 @@ def collate(samples, device="cpu", padding_side="right"):
     batch = {"input_ids": [], "attention_mask": [], "labels": [], "message_mask": []}
     for sample in samples:
         t = len(sample["input_ids"])
-        first = sample["message_start"]
+        first = sample["latents_start"]
         message_mask = torch.zeros(t, dtype=torch.bool)
         if sample["latents"] is not None:
-            message_mask[first:first + len(sample["latents"]) - sample["skip"]] = True
+            message_mask[first:first + len(sample["latents"]) - sample["n_replaced"]] = True
         batch["input_ids"].append(torch.tensor(sample["input_ids"]))
         batch["attention_mask"].append(torch.ones(t, dtype=torch.long))
         batch["labels"].append(torch.tensor(sample["labels"]))
@@ -148,7 +148,7 @@ def collate(samples, device="cpu", padding_side="right"):
         none = with_latents[0][:0]  # (0, d_s): a sample without latents beside others that have some
         latents = [none if sample["latents"] is None else sample["latents"] for sample in samples]
         lengths = torch.tensor([len(states) for states in latents])[:, None]  # (B, 1)
-        skips = torch.tensor([sample["skip"] for sample in samples])[:, None]  # (B, 1)
+        skips = torch.tensor([sample["n_replaced"] for sample in samples])[:, None]  # (B, 1)
         positions = torch.arange(lengths.max())  # (L,)
         batch["latents"] = pad_sequence([states.float() for states in latents], batch_first=True)
         batch["latents_mask"] = positions < lengths
@@ -212,7 +212,7 @@ def actor_loss(logits, targets):
 def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     """Sum over N positions of the terms that loss_fn gives for their logits -> {name: scalar}.
 
-    hidden_states: {name: (N, D)}, targets: {name: (N, ...)}; loss_fn gets the same dicts for n
+    hidden_states: {name: (N, D)}, targets: {"labels": (N,), name: (N, ...)}; loss_fn gets the same dicts for n
     positions at a time, with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a
     chunk's logits are made again in the backward pass, one more product with the head. Each chunk adds
     to the whole head's gradient, so small chunks are slow, and large ones wait for memory: 2^22 logits
@@ -301,8 +301,7 @@ class LatentActor(nn.Module):
     @classmethod
     def load(cls, directory, dtype="fp32", device="cpu", trust_remote_code=False, chat_template_kwargs=None,
              check=True):
-        """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval
-        mode."""
+        """An actor directory, or any causal LM (then without an adapter: `info` is empty). In eval mode."""
         info, adapter = read_info(directory), None
         lm = load_lm(directory, dtype, device, trust_remote_code, check)
         if chat_template_kwargs is None:

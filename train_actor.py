@@ -27,7 +27,7 @@ from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, jso
                     load_optimizer, memory_gb, one_line_errors, open_log, plot_curves, positive, prepare_output, progress,
                     prune_checkpoints, publish_model, read_state, save_checkpoint, seed_for, this_rank)
 from data import PLAN_ANNOUNCEMENT, Conversations, another_task, global_batch, split_eval
-from model import (FORMAT_VERSION, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, collate,
+from model import (ADAPTER_FORMAT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, collate,
                    context_length, decoder_layers, embedding_rms, init_markers, load_config, load_lm, load_tokenizer,
                    open_shards)
 
@@ -158,13 +158,13 @@ def check_samples(data, train_samples, contrast):
 def show_sample(tokenizer, sample):
     """A training sample, decoded: supervised tokens between » and «, latents counted in their place."""
     text, inside, n = "", False, 0
-    n_latents = 0 if sample["latents"] is None else len(sample["latents"]) - sample["skip"]
+    n_latents = 0 if sample["latents"] is None else len(sample["latents"]) - sample["n_replaced"]
     separator = "" if tokenizer.is_fast and tokenizer.decoder else " "
     while n < len(sample["input_ids"]):
         if (sample["labels"][n] != -100) != inside:
             inside = not inside
             text += "»" if inside else "«"
-        if n == sample["message_start"] and n_latents:
+        if n == sample["latents_start"] and n_latents:
             text += f"[{n_latents} latents]"
             n += n_latents
             continue
@@ -255,7 +255,7 @@ def main(argv=None):
     check_args(args, world)
     latent = args.message == "latent"
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    state = {"step": 0, "last": None, "stopped": False, "settings": settings,
+    state = {"step": 0, "last_terms": None, "stopped": False, "settings": settings,
              "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
     checkpoint = latest_checkpoint(args.output_dir, args.resume)
     if checkpoint:
@@ -307,7 +307,7 @@ def main(argv=None):
                 "plan_announcement": args.plan_announcement,
                 "instruction": data.instruction,
                 "chat_template_kwargs": tokenizer.chat_template_kwargs,
-                "format_version": FORMAT_VERSION}
+                "format_version": ADAPTER_FORMAT}
         if latent:
             rms = embedding_rms(lm)
             output_scale = args.adapter_output_scale or rms / args.adapter_scale
@@ -396,9 +396,9 @@ def main(argv=None):
         # the weights follow the last step's losses: known before the pass, the same for any split of
         # the batch
         w_align, w_sep = args.plan_similarity_weight, args.random_contrast_weight
-        if args.adaptive_weights and state["last"]:
-            w_align = adaptive_weight(w_align, state["last"]["align"], 1.0)
-            w_sep = adaptive_weight(w_sep, state["last"]["sep"], math.log(2))
+        if args.adaptive_weights and state["last_terms"]:
+            w_align = adaptive_weight(w_align, state["last_terms"]["align"], 1.0)  # align starts near 1
+            w_sep = adaptive_weight(w_sep, state["last_terms"]["sep"], math.log(2))  # its largest value
         # this rank's share of the global batch: every world-th sample by length, so that ranks have
         # equal work
         drawn = global_batch(step, train_samples, args.global_batch_size, args.seed)  # [(draw, sample)]
@@ -441,18 +441,18 @@ def main(argv=None):
         # ----------------------------------------------------------------------------------------
 
         # evaluate
-        state |= {"step": step + 1, "last": means, "stopped": step + 1 == max_steps}
+        state |= {"step": step + 1, "last_terms": means, "stopped": step + 1 == max_steps}
         record = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 3),
                   "loss": loss, **means, "w_align": w_align, "w_sep": w_sep, "lr": lr, "grad_norm": grad_norm}
         is_best = False
-        passes = {"autocast": autocast, "device": device, "rank": rank, "world": world}
+        where_it_runs = {"autocast": autocast, "device": device, "rank": rank, "world": world}
         if latent and args.infonce_probe_interval and (step + 1) % args.infonce_probe_interval == 0:
             held_out = len(eval_samples) > 1
             probed = (eval_samples if held_out else train_samples)[:args.infonce_probe_size]
-            record |= infonce_probe(actor, eval_data if held_out else data, probed, **passes)
+            record |= infonce_probe(actor, eval_data if held_out else data, probed, **where_it_runs)
         if eval_samples and ((step + 1) % args.eval_steps == 0 or state["stopped"]):
             record["eval_loss"] = evaluate(actor, eval_data, eval_samples, message=args.message,
-                                           batch_size=args.per_device_eval_batch_size, **passes)
+                                           batch_size=args.per_device_eval_batch_size, **where_it_runs)
             is_best = record["eval_loss"] < state["best_eval_loss"]
             state["bad_evals"] = 0 if is_best else state["bad_evals"] + 1
             if is_best:

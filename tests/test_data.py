@@ -296,7 +296,7 @@ def test_samples_hold_what_was_asked_for(world):
         source = (n + 1) % 8
         other = data.sample(n, "latent", 0.5, source)
         assert torch.equal(other["latents"], shards[data.ids[source]])
-        assert other["skip"] == data.message_lengths[source] // 2
+        assert other["n_replaced"] == data.message_lengths[source] // 2
 
 
 def test_jsonl_is_the_same(world):
