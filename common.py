@@ -229,10 +229,11 @@ def this_rank():
 
 class progress(tqdm):
     """tqdm: a bar on a terminal, in a log file a line every ten seconds, nothing for ranks above 0."""
+    monitor_interval = 0  # no thread that writes the same line again while nothing moves
 
     def __init__(self, iterable=None, rank=0, **kwargs):
         terminal = sys.stderr.isatty()
-        super().__init__(iterable, disable=rank > 0, mininterval=0.1 if terminal else 10, maxinterval=10,
+        super().__init__(iterable, disable=rank > 0, mininterval=0.1 if terminal else 10, miniters=1,
                          delay=0 if terminal else 1, **kwargs)
 
     @staticmethod

@@ -132,14 +132,23 @@ class CachedChat:
     """B conversations over one cache that only grows: a turn reads its new tokens, never the history again.
 
     Conversations wait for each other, so their parts of the cache have holes. The mask hides the holes and
-    position ids skip them; each conversation says what it would say alone."""
+    position ids skip them; each conversation says what it would say alone. A family that cannot do that
+    has one conversation at a time, and with `read_again` all of it is read anew in each turn: some (Jamba)
+    misread a second block into the recurrent state of the first."""
 
-    def __init__(self, lm):
-        self.lm, self.cache, self.mask = lm, new_cache(lm), None  # mask (B, T), T the cache's length
+    def __init__(self, lm, read_again=False):
+        self.lm, self.read_again = lm, read_again
+        self.cache, self.mask = new_cache(lm), None  # mask (B, T), T the cache's length
+        self.embeds = None  # with read_again: all that was read, (1, T, D)
 
     def read(self, inputs_embeds, mask):
         """Append a block (B, t, D), padded on the left, its mask (B, t) -> logits after it (B, V)."""
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        if self.read_again:
+            past = inputs_embeds[:, :0] if self.embeds is None else self.embeds
+            self.embeds = torch.cat([past, inputs_embeds], dim=1)
+            if inputs_embeds.shape[1] > 1:
+                inputs_embeds, self.cache = self.embeds, new_cache(self.lm)
         states = decoder_states(self.lm, inputs_embeds, self.mask, self.cache)  # (B, t, D)
         return lm_logits(self.lm, states[:, -1])
 
@@ -209,7 +218,7 @@ def new_record(label, run, task, split, seed):
 
 @torch.inference_mode()
 def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", seed=0, max_steps=20,
-         max_new_tokens=256, temperature=0.0):
+         max_new_tokens=256, temperature=0.0, read_again=False):
     """Play jobs [(label, run, game n)] together -> their records, yielded as the episodes end.
 
     tasks: [{"id", "task", ...}]; rows: what `table_rows` gives; workers: GameWorkers of the class `game`;
@@ -251,7 +260,7 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
         })
 
     # ---- turns: the actor reads what is new in all episodes and replies in all, then all games take a step
-    chat = CachedChat(actor.lm)
+    chat = CachedChat(actor.lm, read_again)
     while episodes:
         batch = collate([episode["sample"] for episode in episodes], actor.lm.device, padding_side="left")
         check_context(actor.lm, chat, batch, episodes, max_new_tokens)
@@ -509,13 +518,17 @@ def main(argv=None):
             opening = ""
             if hasattr(game, "instruction"):  # the one it was trained with, if it was
                 opening = instruction or actor.info.get("instruction") or game.instruction
-            # a family that cannot skip holes in its cache plays one conversation at a time
-            batch_size = args.batch_size if holes_allowed(actor.lm) else 1
+            one_by_one = not holes_allowed(actor.lm)
+            batch_size = 1 if one_by_one else args.batch_size
+            if one_by_one and rank == 0:
+                print(f"{path}: games are played one at a time, slowly: this family counts the columns of "
+                      "its cache or keeps a recurrent state")
             for start in range(0, len(actor_jobs), batch_size):
                 for record in play(
                         actor, actor_jobs[start:start + batch_size], all_tasks, rows, workers, game=game,
                         split=args.split, instruction=opening, seed=args.seed, max_steps=args.max_steps,
-                        max_new_tokens=args.max_new_tokens, temperature=args.temperature):
+                        max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                        read_again=one_by_one):
                     record["tokens_per_s"] = 1000 * record["tokens"] / max(record["actor_ms"], 1e-9)
                     record["peak_memory_gb"] = memory_gb(device)
                     record["device"], record["dtype"] = device.split(":")[0], args.torch_dtype

@@ -797,7 +797,8 @@ def self_check(lm):
                 raise ValueError(f"off by {error:.0e}")
     except Exception as error:  # whatever a family's code raises when asked for what it does not do
         name = lm.name_or_path or type(lm).__name__
-        raise UserError(f"{name} cannot be used: it does not hold that {what} ({first_line(error)}); "
+        hint = "try bf16 or fp32, or " if lm.dtype == torch.float16 else ""
+        raise UserError(f"{name} cannot be used: it does not hold that {what} ({first_line(error)}): {hint}"
                         "--self_check false runs it all the same") from None
 
 
