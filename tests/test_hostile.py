@@ -56,7 +56,7 @@ def test_any_conversation_gives_right_labels_or_one_line(kind, turns, system, an
         return one_line(error)
     # the labels are the replies and their ends, and nothing else
     assert len(labels) == len(after) and all(label in (-100, token) for label, token in zip(labels, after))
-    _, middle, last = reply_frame(tokenizer, tokenizer.chat_template)
+    _, middle, last = reply_frame(tokenizer)
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
     said = tokenizer.decode([label for label in labels if label != -100])
     assert without_spaces(said) == without_spaces(middle.join(replies) + last)

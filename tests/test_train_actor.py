@@ -432,7 +432,7 @@ def turns(*pairs):
 
 @pytest.mark.parametrize("change, words", [
     (first(id="stranger"), ["id stranger", "no message", "collect.py"]), (first(id="t1"), ["t1", "twice"]),
-    (first(id=None), ["record 0", "'id'"]), (first(conversations=None), ["record 0", "'conversations'"]),
+    (first(id=None), ["record 0", "'id'"]), (first(conversations=None), ["id t0", "'conversations'"]),
     (first(conversations=turns(("gpt", "x"))), ["id t0", "human turn"]),
     (first(conversations=turns(("human", "x"))), ["id t0", "no assistant turn"]),
     (first(conversations=[{"from": "human", "text": "x"}]), ["id t0", "'value'"]),
@@ -447,7 +447,7 @@ def turns(*pairs):
     (first(conversations=turns(("human", "x" * 5000), ("gpt", "x"))), ["id t0", "context of 4096"]),
     (lambda records: [first(id=name, hidden_state=[[1.0] * 32], plan="x")(records)[0] for name in "abcde"],
      ["tasks are the same", "L_sep"]),
-    (lambda records: {}, ["list of records"]), (lambda records: ["x"], ["list of records"]),
+    (lambda records: {}, ["list of records"]), (lambda records: ["x"], ["record 0", "'id'"]),
     (lambda records: [], ["list of records"])])
 def test_bad_records(world, tmp_path, refuses, change, words):
     bad = with_records(world, tmp_path / "t.json", change(records_of(world)))
