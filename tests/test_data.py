@@ -113,6 +113,15 @@ def test_an_empty_thought_is_part_of_the_prompt():
     assert tokenizer.decode([label for label in labels if label != -100]) == "b<|im_end|>d<|im_end|>"
 
 
+def test_with_thinking_on_the_model_writes_its_thoughts_itself():
+    tokenizer, messages = with_markers("qwen3"), as_messages(["a"])
+    without = sum(encode_prompt(tokenizer, messages), [])
+    tokenizer.chat_template_kwargs = {"enable_thinking": True}
+    prompt = sum(encode_prompt(tokenizer, messages), [])
+    assert prompt == template_ids(tokenizer, messages, add_generation_prompt=True) != without
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
 def test_a_lead_of_control_tokens_and_two_ends_of_turn():
     """gpt-oss: a channel before each reply, another end for the last one. Middle turns end as the template
     ends them."""
