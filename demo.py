@@ -89,6 +89,7 @@ class Household:
         self.opened = set()
         self.contents = {location: [] for location in LOCATIONS}
         self.contents[task["place"]].append(task["object"])
+        # three other objects lie about, the same ones in every run
         rng = random.Random(task["id"])
         for other in rng.sample([obj for obj in OBJECTS if obj != task["object"]], 3):
             self.contents[rng.choice(PLACES)].append(other)
@@ -100,6 +101,7 @@ class Household:
         observation = self.act(action)
         at_target = self.task["object"] in self.contents[f"{self.task['target']} 1"]
         won = at_target and self.task["type"] in ("put", self.treated)
+        # eval_alfworld.py counts `won`; `invalid` is a column of its table
         info = {"won": won, "invalid": observation is None}
         return observation or "nothing happens .", float(won), won, info
 
@@ -177,6 +179,7 @@ def plan(task):
     numbers = [*range(first + 1, last + 1), *range(1, first)]  # drawer 3 of 8 -> 4 5 6 7 8 1 2
     others = [other for other in FURNITURE if other != name]
 
+    # to put some mug in/on desk , take mug , put mug in/on desk 1 , go to drawer 3 else 4 5 6 ...
     steps = [f"to {goal(task)}", f"take {obj}"]
     if kind in APPLIANCES:
         steps.append(f"{kind} {obj} with {APPLIANCES[kind]}")
@@ -198,7 +201,9 @@ def conversation(task, actions):
 # --------------------------------------------------------------------------------------------------
 # 2. Language models. A training sample of theirs is a list of (text, whether it is supervised)
 
+# the markers are words from the start, so that the base model learns them with plans as text
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<bop>", "<eop>"]
+# a space after <eos>: the tokenizer tells words apart by their spaces
 CHAT_TEMPLATE = """
 {%- for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <eos> {% endfor %}
 {%- if add_generation_prompt %}<assistant>{% endif %}"""
@@ -282,6 +287,7 @@ def make_lm(seconds, path, tokenizer, role, draw, seed, steps, **sizes):
 
 def household_tokenizer():
     """Every word that the household can say."""
+    # the training tasks hold them all: what is held out are combinations
     texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
     for task in all_tasks("train"):
         turns = conversation(task, expert(task))
@@ -340,6 +346,7 @@ def stage(seconds, values, name, command):
     script, *argv = [word.format(**values) for word in shlex.split(command)]
     print(f"\n[{name}] $ python {script} {shlex.join(argv)}", flush=True)
     start = time.perf_counter()
+    # main(argv) is all that `python collect.py ...` runs; here torch is imported once for all stages
     result = importlib.import_module(script.removesuffix(".py")).main(argv)
     seconds[name] = round(time.perf_counter() - start, 1)
     return result
@@ -350,16 +357,19 @@ def household(out, seed, sizes, seconds):
     run = functools.partial(stage, seconds, {"out": out, "seed": seed, **sizes})
     game, tasks = Household(), all_tasks("train")
 
-    # --- two LMs that never shared a parameter: with one for both, the adapter would have nothing to do
+    # --- two LMs that never shared a parameter. With one LM for both, tied embeddings make the adapter look
+    # unnecessary: its states are already close to its words
     tokenizer = household_tokenizer()
     make_lm(seconds, f"{out}/base", tokenizer, "actor", actor_samples(tasks), seed, sizes["base"])
     make_lm(seconds, f"{out}/sender", tokenizer, "sender", sender_samples(tasks), seed, sizes["sender"])
 
-    # --- stage 1: the sender writes plans, its states are the messages
+    # --- stage 1: the sender writes plans, its states are the messages; with --c 8 only the first of them,
+    # to compare with the 8 latent steps of stage 3
     collect = """collect.py custom --env demo:Household --model_name_or_path {out}/sender
         --prompt_template '{{task}}' --max_new_tokens 60 --batch_size 64 --torch_dtype fp32"""
     run("collect train", collect + " --split train --max_samples {train} --output_dir {out}/messages_train")
     run("collect test", collect + " --split test --max_samples {test} --output_dir {out}/messages_test")
+    run("collect 8 states", collect + " --split test --max_samples {test} --c 8 --output_dir {out}/messages_cut")
 
     # --- stage 2: the actor learns to read them
     demonstrations = [{"id": task["id"], "conversations": conversation(task, expert(task))}
@@ -381,13 +391,13 @@ def household(out, seed, sizes, seconds):
         --max_steps {student} --global_batch_size 8 --per_device_train_batch_size 8
         --learning_rate 2e-3 --adam_beta2 0.98 --lambda_kl 0.3 --lambda_align 0.2
         --eval_ratio 0.05 --eval_steps 500 --logging_steps 100 --seed {seed}""")
-    run("collect 8 states", collect + " --split test --max_samples {test} --c 8 --output_dir {out}/messages_cut")
 
     # --- stage 4: play; each evaluation is one table of eval_alfworld.py, ours has a row of each
     play = """eval_alfworld.py --env demo:Household --split test --num_episodes {test} --batch_size {test}
         --max_steps 10 --max_new_tokens 10 --torch_dtype fp32 --seed {seed}"""
     results = run("eval", play + """ --model_path {out}/actor --hidden_data {out}/messages_test
         --variants latent text no_comm cross_task randomrot --output_path {out}/eval""")
+    # without a trained bridge the same sender thinks 8 steps that the actor never learned to read
     thoughts = " --latent_steps 8 --prompt_template '{{task}}' --sender_batch_size 64"
     others = {
         "no_comm_base": "--model_path {out}/base --variants no_comm",
@@ -398,6 +408,7 @@ def household(out, seed, sizes, seconds):
     for name, flags in others.items():
         figures = run(f"eval {name}", f"{play} {flags} --output_path {{out}}/eval_{name}")
         results[name], = figures.values()
+    # what luck gives: a search wins where the place comes early enough
     wins = [len(search_actions(task)) <= MAX_STEPS for task in game.tasks("test")[:sizes["test"]]]
     results["search"] = {"success": sum(wins) / len(wins), "interval": wilson_interval(sum(wins), len(wins))}
     return results

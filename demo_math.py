@@ -59,6 +59,7 @@ def apply(operation, value, number):
 
 def chain(rng, level, weights=(1, 1, 1, 1, 1)):
     """A random problem: {"subject", "level", "start", "steps": [(operation, number), ...]}."""
+    # one operation is drawn per step, so "mixed" problems mix and "sums" do not
     subject = rng.choices(list(SUBJECTS), weights)[0]
     operations = rng.choices(SUBJECTS[subject], k=level)
     start = rng.randrange(10)
@@ -75,6 +76,7 @@ def question(problem):
 
 def values(problem):
     """The start and the running value after each step; the last one is the answer."""
+    # start 8 , first plus 7 , second minus 6 -> [8, 5, 9]
     running = [problem["start"]]
     for operation, number in problem["steps"]:
         running.append(apply(operation, running[-1], number))
@@ -86,6 +88,7 @@ def plan(problem):
 
     Each value v is followed by its opposite, v + 5, so that only the order of the words tells which of the
     two is meant: a random rotation keeps the mean of the states, and would keep a value that stands alone."""
+    # values (8, 5, 9) -> "8 3 first plus 7 gives 5 0 second minus 6 ."; zip leaves the 9 out
     parts = []
     for value, ordinal, (operation, number) in zip(values(problem), ORDINALS, problem["steps"]):
         opposite = (value + 5) % 10
@@ -107,7 +110,7 @@ def problems(split, n):
     """n different problems of "train" or "test", the five levels in turn."""
     rng, drawn = random.Random(split), {}
     while len(drawn) < n:
-        level = len(drawn) % 5 + 1
+        level = len(drawn) % 5 + 1  # the same again where a draw is refused or was drawn before
         problem = chain(rng, level)
         if held_out(problem) == (split == "test"):
             drawn.setdefault(question(problem), problem)
