@@ -35,9 +35,9 @@ from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, jso
                     prepare_output, progress, prune_checkpoints, publish_model, read_state, save_checkpoint,
                     this_rank, write_json)
 from data import PLAN_PROMPT, Conversations, encode_conversation, encode_prompt, global_batch, split_eval
-from model import (LatentActor, LatentSender, build_sample, collate, context_length, decoder_layers,
-                   head_loss, kl_divergence, left_pad, lm_logits, load_config, load_tokenizer, open_shards,
-                   read_info)
+from model import (LatentActor, LatentSender, build_sample, check_student, collate, context_length,
+                   decoder_layers, head_loss, kl_divergence, left_pad, lm_logits, load_config,
+                   load_tokenizer, open_shards, read_info)
 
 TERMS = ["task", "kl", "align"]
 COLUMNS = ["step", "epoch", "loss", *TERMS, "lr", "grad_norm", "eval_loss", "tokens_per_s", "memory_gb"]
@@ -161,7 +161,8 @@ def check_finite(step, loss, grad_norm, ids):
 # The loss
 
 def entropy(lm, hidden_states, chunk_logits=2**22):
-    """Entropy of the next token at each position, in nats. (N, D) -> (N,); no (N, V) is ever in memory."""
+    """Entropy of the next token at each position, in nats. (N, D) -> (N,); no (N, V) is ever in
+    memory."""
     n = max(1, chunk_logits // lm.get_input_embeddings().weight.shape[0])
     chunks = []
     for chunk in hidden_states.split(n):
@@ -375,6 +376,8 @@ def main(argv=None):
     autocast = functools.partial(torch.autocast, device_type, torch.bfloat16, enabled=bf16)
     student = LatentSender.load(source, "fp32", "cpu", args.trust_remote_code,
                                 check=args.self_check and not checkpoint)
+    if args.self_check and not checkpoint:
+        check_student(student)
     head = student.lm.get_output_embeddings()
     if head.weight is not student.lm.get_input_embeddings().weight:
         head.requires_grad_(False)  # a student that never writes has no use for its head
@@ -453,7 +456,8 @@ def main(argv=None):
         # this rank's share of the global batch: every world-th sample by length, so that ranks have
         # equal work
         drawn = [n for _, n in global_batch(step, train_samples, args.global_batch_size, args.seed)]
-        # each term is the mean over all labels or samples of the step, whatever the ranks and micro-batches
+        # each term is the mean over all labels or samples of the step, whatever the ranks and
+        # micro-batches
         counts = {"task": sum(data.n_labels[n] for n in drawn), "kl": len(drawn), "align": len(drawn)}
         share = sorted(drawn, key=lambda n: data.lengths[n])[rank::world]
         size = args.per_device_train_batch_size

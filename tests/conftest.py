@@ -18,6 +18,11 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often test_survival.py kills each script")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "families: the long part of the table of model families, see test_families.py")
+    config.option.markexpr = config.option.markexpr or "not families"
+
+
 @pytest.fixture(scope="session")
 def forked():
     """Runs a script's main in processes of its own, see forked.py."""
