@@ -19,7 +19,6 @@ and, if it wants, parse_action(reply) -> action, cut_reply(reply) -> what the co
 import argparse
 import contextlib
 import functools
-import gc
 import glob
 import importlib
 import importlib.util
@@ -381,7 +380,8 @@ class Crash(str):
 
 def spare_cores():
     """Cores of this process: those it may run on, shared with the other ranks of its machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def ask(games, make_game, slot, method, argument):
@@ -405,7 +405,6 @@ def ask(games, make_game, slot, method, argument):
 def serve(make_game, pipe, evaluator_end):
     """A worker process: answers until the evaluator is gone, which closes the other end of the pipe."""
     evaluator_end.close()  # our copy; workers forked earlier keep theirs, so the last one leaves first
-    gc.freeze()  # the collector would write to, and so copy, all the pages that fork shares
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluator
     games = {}
     with contextlib.suppress(EOFError, OSError):
