@@ -1,4 +1,4 @@
-"""Prompts, training samples and their order: the template's ids, the replies as labels, mistakes in one line."""
+"""Prompts, samples and their order: ids are the template's, labels are the replies, mistakes are one line."""
 import json
 
 import numpy as np

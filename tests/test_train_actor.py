@@ -138,7 +138,7 @@ def uninterrupted(world, tmp_path_factory):
     return train(world, str(tmp_path_factory.mktemp("uninterrupted") / "o"), **LONG)
 
 
-@pytest.mark.parametrize("event", [2, 8, 20, 33, 46, 60])
+@pytest.mark.parametrize("event", [2, 20, 40, 60])
 def test_resumed_is_uninterrupted_bit_for_bit(world, uninterrupted, forked, tmp_path, event):
     """Killed at the n-th touch of a file of its output: weights, optimizer, log and state are as without."""
     out = tmp_path / "o"
