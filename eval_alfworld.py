@@ -16,6 +16,10 @@ that crashed are.
 Output: episodes/VARIANT/runR/ID.json (all turns), summary.json (what the table says, and success by type of
 task), results.csv (variant, run, id, type, success, steps, invalid, crash), performance_metrics.csv (also
 milliseconds, tokens, the message's length, memory), results.png.
+
+    1. decoding   many conversations, one growing cache
+    2. playing    reply, act, observe, in all games at once
+    3. results    the game is the unit of every interval and test
 """
 import argparse
 import csv
@@ -126,7 +130,7 @@ def read_instruction(path):
 
 
 # -----------------------------------------------------------------------------------------------------
-# decoding: many conversations, one growing cache
+# 1. Decoding: many conversations, one growing cache
 
 class CachedChat:
     """B conversations over one cache that only grows: a turn reads its new tokens, never the history again.
@@ -195,7 +199,7 @@ def spoken(tokenizer, ids, more=""):
 
 
 # -----------------------------------------------------------------------------------------------------
-# playing
+# 2. Playing
 
 def new_record(label, run, task, split, seed):
     """What is kept of an episode, before its first turn."""
@@ -318,7 +322,7 @@ def check_context(lm, chat, batch, episodes, max_new_tokens):
 
 
 # -----------------------------------------------------------------------------------------------------
-# results. The unit is the game: what its runs gave is averaged before anything else is.
+# 3. Results. The unit is the game: its runs are averaged before anything else is.
 
 RESULTS = ["variant", "run", "id", "type", "success", "steps", "invalid", "crash"]
 METRICS = ["variant", "split", "id", "type", "run", "seed", "success", "steps", "invalid", "crash",

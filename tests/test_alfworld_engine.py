@@ -59,8 +59,8 @@ def play(workers, tasks, policy, max_steps=20):
     """Every task in its own slot; policy(slot, step) -> reply. Returns {slot: [answers]}, the reset's first."""
     answers = {slot: [answer] for slot, answer in workers.reset(dict(enumerate(tasks))).items()}
     for step in range(max_steps):
-        live = [s for s, a in answers.items() if not isinstance(a[-1], Crash) and not (step and a[-1][2])]
-        for slot, answer in workers.step({s: parse_action(policy(s, step)) for s in live}).items():
+        playing = [s for s, a in answers.items() if not isinstance(a[-1], Crash) and not (step and a[-1][2])]
+        for slot, answer in workers.step({s: parse_action(policy(s, step)) for s in playing}).items():
             answers[slot].append(answer)
     return answers
 
@@ -261,8 +261,8 @@ def test_rooms_that_were_read_are_kept_when_killed(tasks, tmp_path, monkeypatch)
     whole = sender_tasks("alfworld", "valid_seen", sender_knows="place", rooms_path=path)
     rooms = read_json(path)
     assert rooms.keys() == {task["id"] for task in tasks}
-    for room in list(rooms)[:4]:  # as if it had been killed after two
-        del rooms[room]
+    for task_id in list(rooms)[:4]:  # as if it had been killed after two
+        del rooms[task_id]
     kept, = list(rooms.values())[:1]
     kept["opening"] += " A mark."
     games.write_json(path, rooms)

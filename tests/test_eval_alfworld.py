@@ -129,13 +129,13 @@ def without_messages(argv):
 
 def episodes(out):
     """{(variant, run, id): record} of all episode files."""
-    found = {}
+    played = {}
     for folder, _, names in os.walk(os.path.join(out, "episodes")):
         for name in names:
             with open(os.path.join(folder, name)) as f:
                 record = json.load(f)
-            found[record["variant"], record["run"], record["id"]] = record
-    return found
+            played[record["variant"], record["run"], record["id"]] = record
+    return played
 
 
 def said(out, **changes):
@@ -192,11 +192,11 @@ def alone(actor, task, variant, shards, ends=()):
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_batched_cached_play_equals_playing_alone_without_a_cache(world, tmp_path, family):
     main(argv(world, tmp_path, "--variants", "latent", "text", "no_comm", "--batch_size", 16, actor=family))
-    actor, shards, found = LatentActor.load(world[family]), LatentShards(world["messages"]), episodes(tmp_path)
+    actor, shards, played = LatentActor.load(world[family]), LatentShards(world["messages"]), episodes(tmp_path)
     ended, lengths = [], set()
     for variant in ("latent", "text", "no_comm"):
         for task in TASKS:
-            record, (replies, won) = found[variant, 0, task["id"]], alone(actor, task, variant, shards)
+            record, (replies, won) = played[variant, 0, task["id"]], alone(actor, task, variant, shards)
             texts = [actor.tokenizer.decode(reply) for reply, _ in replies]
             assert [turn["reply"] for turn in record["turns"]] == texts
             assert record["tokens"] == sum(len(reply) for reply, _ in replies)
@@ -210,11 +210,11 @@ def test_a_reply_ends_with_its_action_line(world, tmp_path):
     """What comes after it is neither said nor read: each later reply is what follows a history without it."""
     path = save_talker(tmp_path / "lines", sender_dim=WIDTH, newline=2)
     main(argv({**world, "qwen2": path}, tmp_path / "o", "--env", "test_eval_alfworld:LineGame"))
-    actor, shards, found = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
+    actor, shards, played = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
     line, ended = text_ids(actor.tokenizer, "\n"), set()
     for task in TASKS:
         replies, won = alone(actor, task, "latent", shards, ends=line)
-        record = found["latent", 0, task["id"]]
+        record = played["latent", 0, task["id"]]
         texts = [actor.tokenizer.decode(ids).strip() for ids, _ in replies]
         assert [turn["reply"] for turn in record["turns"]] == texts
         assert record["success"] == won and record["tokens"] == sum(len(ids) for ids, _ in replies)
@@ -233,10 +233,10 @@ def test_a_family_that_cannot_skip_holes_plays_one_conversation_at_a_time(world,
     assert not holes_allowed(lm)
     path = save_talker(tmp_path / "actor", sender_dim=WIDTH, lm=lm)
     main(argv({**world, "qwen2": path}, tmp_path / "o", "--batch_size", 8, "--num_episodes", 4))
-    actor, shards, found = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
+    actor, shards, played = LatentActor.load(path), LatentShards(world["messages"]), episodes(tmp_path / "o")
     for task in TASKS[:4]:
         replies, _ = alone(actor, task, "latent", shards)
-        assert [turn["reply"] for turn in found["latent", 0, task["id"]]["turns"]] == [
+        assert [turn["reply"] for turn in played["latent", 0, task["id"]]["turns"]] == [
             actor.tokenizer.decode(ids) for ids, _ in replies]
 
 
@@ -262,12 +262,12 @@ def test_batch_size_changes_no_reply(world, tmp_path, temperature):
 def test_variants_differ_in_what_is_read(world, tmp_path):
     variants = ["latent", "cross_task", "randomrot", "covgauss0", "text", "no_comm"]
     main(argv(world, tmp_path / "a", "--variants", *variants))
-    found = said(tmp_path / "a")
-    replies = {v: [[t["reply"] for t in found[v, 0, task["id"]]["turns"]] for task in TASKS] for v in variants}
+    played = said(tmp_path / "a")
+    replies = {v: [[t["reply"] for t in played[v, 0, task["id"]]["turns"]] for task in TASKS] for v in variants}
     assert len({json.dumps(r) for r in replies.values()}) == len(variants)
     lengths = LatentShards(world["messages"]).lengths
     for task in TASKS:
-        rows = {v: found[v, 0, task["id"]]["message_length"] for v in variants}
+        rows = {v: played[v, 0, task["id"]]["message_length"] for v in variants}
         assert rows["latent"] == rows["randomrot"] == rows["covgauss0"] == lengths[task["id"]] and rows["no_comm"] == 0
         assert rows["text"] == len("take the cup 0") and rows["cross_task"] in lengths.values()
 
@@ -283,20 +283,20 @@ def complete(world, tmp_path_factory):
 
 
 def test_files_are_complete(complete):
-    found = episodes(complete)
+    played = episodes(complete)
     metrics, results = rows(f"{complete}/performance_metrics.csv"), rows(f"{complete}/results.csv")
     keys = {(variant, 0, task["id"]) for variant in VARIANTS for task in TASKS}
-    assert found.keys() == keys and len(metrics) == len(results) == len(keys)
+    assert played.keys() == keys and len(metrics) == len(results) == len(keys)
     assert os.path.getsize(f"{complete}/results.png") > 1000 and not [f for f in os.listdir(complete) if ".tmp" in f]
     for row in metrics:
-        record = found[row["variant"], int(row["run"]), row["id"]]
+        record = played[row["variant"], int(row["run"]), row["id"]]
         assert list(row) == METRICS and all(row[k] == ("" if record[k] is None else str(record[k])) for k in METRICS)
         assert row["dtype"] == "fp32" and row["device"] in ("cpu", "cuda") and float(row["peak_memory_gb"]) > 0
         assert float(row["wall_ms"]) >= float(row["actor_ms"]) > 0 and float(row["tokens_per_s"]) >= 0
     for row in results:
-        record = found[row["variant"], int(row["run"]), row["id"]]
+        record = played[row["variant"], int(row["run"]), row["id"]]
         assert all(row[k] == ("" if record[k] is None else str(record[k])) for k in row)
-    for (variant, _, task_id), record in found.items():
+    for (variant, _, task_id), record in played.items():
         sender_ms = 7.0 + [t["id"] for t in TASKS].index(task_id)
         assert record["sender_ms"] == (0 if variant in ("no_comm", "no_cot") else sender_ms)
         assert len(record["turns"]) == record["steps"] <= MAX_STEPS and record["split"] == "test"
@@ -306,10 +306,10 @@ def test_files_are_complete(complete):
 
 
 def test_summary_is_what_the_episodes_say(complete, capsys):
-    summary, found = read(f"{complete}/summary.json")["variants"], episodes(complete)
+    summary, played = read(f"{complete}/summary.json")["variants"], episodes(complete)
     assert list(summary) == list(VARIANTS)
     for variant, figures in summary.items():
-        records = [r for (v, *_), r in found.items() if v == variant]
+        records = [r for (v, *_), r in played.items() if v == variant]
         wins = [r for r in records if r["success"]]
         assert len(records) == 7 and figures["success"] == pytest.approx(len(wins) / 7)
         low, high = figures["interval"]
@@ -321,7 +321,7 @@ def test_summary_is_what_the_episodes_say(complete, capsys):
         for kind in ("even", "odd"):
             of = [r["success"] for r in records if r["type"] == kind]
             assert figures["by_type"][kind] == pytest.approx(sum(of) / len(of))
-        pairs = [(r["success"], found["latent", 0, r["id"]]["success"]) for r in records]
+        pairs = [(r["success"], played["latent", 0, r["id"]]["success"]) for r in records]
         p = sign_test(pairs.count((True, False)), pairs.count((False, True)))
         assert figures.get("p_against_latent", 1) == pytest.approx(p)
         assert figures["crashed"] == 0 and figures["std"] is None
@@ -378,12 +378,12 @@ def np_times(wins, runs):
 def test_baselines_play_with_their_own_actors(world, complete, tmp_path):
     for actor, variant, same in (("text", "text", "cot_full"), ("none", "no_comm", "no_cot")):
         main(argv(world, tmp_path / actor, "--variants", variant, actor=actor))
-        found = said(complete)
+        played = said(complete)
         for (_, run, task_id), record in said(tmp_path / actor, variant=same).items():
-            assert record == found[same, run, task_id]
-    found = said(complete)
+            assert record == played[same, run, task_id]
+    played = said(complete)
     for task in TASKS:  # `latent` with a sender of another family
-        assert found["qwen2llama", 0, task["id"]] == found["latent", 0, task["id"]] | {"variant": "qwen2llama"}
+        assert played["qwen2llama", 0, task["id"]] == played["latent", 0, task["id"]] | {"variant": "qwen2llama"}
 
 
 def test_llama_reads_a_live_qwen2_sender(world, tmp_path):
@@ -391,10 +391,10 @@ def test_llama_reads_a_live_qwen2_sender(world, tmp_path):
     sender = save_model(tmp_path / "sender", "qwen2", width=WIDTH, seed=7)
     flags = ["--sender", sender, "--max_plan_tokens", 8, "--prompt_template", "Plan: {task}"]
     main(without_messages(argv(world, tmp_path / "full", "--variants", "qwen2llama", "text", *flags, actor="llama")))
-    messages, found = LatentShards(str(tmp_path / "full" / "messages")), episodes(tmp_path / "full")
+    messages, played = LatentShards(str(tmp_path / "full" / "messages")), episodes(tmp_path / "full")
     assert messages.sender["model"] == sender and messages.sender["prompt_template"] == "Plan: {task}"
     for task in TASKS:
-        record = found["qwen2llama", 0, task["id"]]
+        record = played["qwen2llama", 0, task["id"]]
         assert record["message_length"] == messages.lengths[task["id"]] and record["sender_ms"] > 0
     main(argv(world, tmp_path / "k", *flags, "--latent_steps", 2, 3, "--variants", "latent", "no_comm",
               actor="llama"))
@@ -425,11 +425,11 @@ def test_success_is_won_and_never_done(world, tmp_path, split, steps):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_game_that_crashes_is_counted_and_the_others_go_on(world, tmp_path, capsys, num_workers):
     main(argv({**world, "messages": world["others"]}, tmp_path, "--split", "crash", "--env_workers", num_workers))
-    found = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
-    assert {k: r["crash"] for k, r in found.items()} == {
+    played = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
+    assert {k: r["crash"] for k, r in played.items()} == {
         "fine": None, "too": None, "reset": "ValueError: no such room", "step": "ValueError: the shelf fell down",
         "exit": "SystemExit: 3"}
-    assert {k: (r["steps"], r["success"]) for k, r in found.items()} == {
+    assert {k: (r["steps"], r["success"]) for k, r in played.items()} == {
         "fine": (3, True), "too": (3, True), "reset": (0, False), "step": (2, False), "exit": (1, False)}
     figures = read(tmp_path / "summary.json")["variants"]["latent"]
     assert figures["games"] == 5 and figures["crashed"] == 3 and figures["success"] == pytest.approx(2 / 5)
@@ -473,17 +473,17 @@ def test_ids_longer_than_file_names(tmp_path):
 def test_a_game_that_hangs_has_crashed(world, tmp_path):
     main(argv({**world, "messages": world["others"]}, tmp_path, "--split", "hang", "--env_workers", 2, "--env_timeout",
               1))
-    found = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
-    assert {k: (r["success"], r["steps"], r["crash"]) for k, r in found.items()} == {
+    played = {task_id: record for (*_, task_id), record in episodes(tmp_path).items()}
+    assert {k: (r["success"], r["steps"], r["crash"]) for k, r in played.items()} == {
         "fine": (True, 3, None), "hang": (False, 1, "no answer within 1 s")}
-    assert found["hang"]["env_ms"] >= 1000
+    assert played["hang"]["env_ms"] >= 1000
 
 
 def test_runs_have_a_deviation(world, tmp_path, capsys):
     main(argv(world, tmp_path, "--runs", 2, "--temperature", 1.0, "--variants", "latent", "no_comm"))
-    found, summary = episodes(tmp_path), read(tmp_path / "summary.json")["variants"]
+    played, summary = episodes(tmp_path), read(tmp_path / "summary.json")["variants"]
     for variant in ("latent", "no_comm"):
-        records = [[found[variant, run, t["id"]] for t in TASKS] for run in (0, 1)]
+        records = [[played[variant, run, t["id"]] for t in TASKS] for run in (0, 1)]
         replies = [[t["reply"] for r in some for t in r["turns"]] for some in records]
         assert replies[0] != replies[1]
         assert {r["seed"] for r in records[0]} == {0} and {r["seed"] for r in records[1]} == {1}
@@ -549,6 +549,21 @@ def test_killed_by_sigkill_and_started_again(world, tmp_path, forked):
 def test_timing_can_be_left_out(world, tmp_path):
     main(argv(world, tmp_path / "o", "--enable_timing", "false", "--variants", "no_comm", "--num_episodes", 1))
     assert "performance_metrics.csv" not in os.listdir(tmp_path / "o") and "results.csv" in os.listdir(tmp_path / "o")
+
+
+def test_the_chat_template_gets_its_arguments(world, tmp_path, refuses):
+    """Those of --chat_template_kwargs; without it those that the actor was trained with."""
+    actor = save_talker(tmp_path / "qwen3", "qwen2", "qwen3", sender_dim=WIDTH)
+    flags = argv({**world, "qwen2": actor}, tmp_path / "plain", "--self_check", "false", "--num_episodes", 3)
+    thinking = ["--chat_template_kwargs", '{"enable_thinking": true}']
+    main(flags)
+    refuses(main, flags + thinking, "--chat_template_kwargs", "--output_path")
+    main(flags + thinking + ["--output_path", str(tmp_path / "thinking")])
+    info = read(os.path.join(actor, "latent_adapter.json")) | {"chat_template_kwargs": {"enable_thinking": True}}
+    with open(os.path.join(actor, "latent_adapter.json"), "w") as f:
+        json.dump(info, f)
+    main(flags + ["--output_path", str(tmp_path / "trained")])
+    assert said(tmp_path / "plain") != said(tmp_path / "thinking") == said(tmp_path / "trained")
 
 
 def test_two_ranks_equal_one(world, tmp_path, forked):
@@ -732,7 +747,7 @@ def test_walkthroughs_win_all_six_types_and_look_wins_none(world, household, tmp
 
 def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypatch, capsys):
     """One command: a live sender, baselines, and messages of a sender of another family and width."""
-    own, other = save_model(tmp_path / "own", "llama", width=WIDTH), save_model(tmp_path / "other", "qwen2", width=40)
+    sender, other = save_model(tmp_path / "own", "llama", width=WIDTH), save_model(tmp_path / "other", "qwen2", width=40)
     cross = save_talker(tmp_path / "cross", "llama", "llama3", sender_dim=40, seed=8)
     no_cot = make_actor(message="none")
     no_cot.info["instruction"] = "You live in a house."  # as train_actor.py keeps it from its file
@@ -741,13 +756,13 @@ def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypa
                   "--output_dir", str(tmp_path / "m"), "--max_new_tokens", "7", "--torch_dtype", "fp32"])
     out = tmp_path / "o"
     summary = main(without_messages(argv(
-        world, out, "--env", "alfworld", "--split", "valid_seen", "--sender", own, "--max_plan_tokens", 5,
+        world, out, "--env", "alfworld", "--split", "valid_seen", "--sender", sender, "--max_plan_tokens", 5,
         "--cross_hidden_data", tmp_path / "m", "--baseline_path", world["text"], tmp_path / "no_cot", cross,
         "--sender_knows", "place",
         "--variants", *VARIANTS, "--max_steps", 2, "--max_new_tokens", 3, "--env_workers", 2, "--batch_size", 12,
         "--torch_dtype", "bf16", actor="llama")))
-    found, table = episodes(out), capsys.readouterr().out.splitlines()
-    assert found.keys() == {(v, 0, t["id"]) for v in VARIANTS for t in household} and len(VARIANTS) == 13
+    played, table = episodes(out), capsys.readouterr().out.splitlines()
+    assert played.keys() == {(v, 0, t["id"]) for v in VARIANTS for t in household} and len(VARIANTS) == 13
     start = next(n for n, line in enumerate(table) if line.startswith("variant"))
     assert list(summary) == list(VARIANTS) == [line.split()[0] for line in table[start + 1:start + 14]]
     assert "bootstrap over games" in table[start + 14] and "paired" in table[start + 14]
@@ -759,7 +774,7 @@ def test_six_real_games_under_every_variant(world, household, tmp_path, monkeypa
     sent, crossed = LatentShards(str(out / "messages")), LatentShards(str(tmp_path / "m"))
     assert read(out / "summary.json")["actors"] == {v: world["llama"] for v in VARIANTS} | {
         "cot_full": world["text"], "no_cot": str(tmp_path / "no_cot"), "qwen2llama": cross}
-    for (variant, _, task_id), record in found.items():  # gibberish costs steps and crashes nothing
+    for (variant, _, task_id), record in played.items():  # gibberish costs steps and crashes nothing
         assert record["steps"] == record["invalid"] == 2 and not record["success"] and record["crash"] is None
         instruction = "You live in a house." if variant == "no_cot" else games.INSTRUCTION
         # the actor reads its own instruction, room and task
