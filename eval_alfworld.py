@@ -299,8 +299,11 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
             episode["messages"].append({"role": "assistant", "content": texts[b]})
             episode["messages"].append({"role": "user", "content": observation.strip()})
             _, block = encode_prompt(tokenizer, episode["messages"], where=record["id"])
+            said = next((n for n, token in enumerate(block) if token in stops), 0)
             if b in unread:
                 block = replies[b][-1:] + block
+            elif said and replies[b][-said:] == block[:said]:
+                block = block[said:]  # Llama-2's turns end with "▁" and </s>: the actor has said the first
             episode["sample"] = build_sample([], block, [-100] * len(block))
             going_on.append(b)
         if going_on and len(going_on) < len(episodes):
