@@ -99,7 +99,11 @@ class OneWord(Household):
         return task
 
     def reset(self, task):
-        return self.spell(super().reset(task))
+        first = super().reset(task)
+        # the house holds nothing else: now and then so small an actor takes whatever it sees
+        self.contents = {location: [] for location in LOCATIONS}
+        self.contents[task["place"]] = [task["object"]]
+        return self.spell(first)
 
     def step(self, action):
         observation, *rest = super().step(two_words(action))
@@ -168,9 +172,12 @@ def search(task, rng):
 
 
 def conversation(world, task, actions):
-    """The episode as turns, spelled as in this world."""
-    turns = demo.conversation(task, actions)
-    return [{"from": turn["from"], "value": world.spell(turn["value"])} for turn in turns]
+    """The episode as turns [{"from": "human" | "gpt", "value"}, ...]; it ends with the last action."""
+    turns = [{"from": "human", "value": world.reset(task)}]
+    for action in actions:
+        observation = world.step(action)[0]
+        turns += [{"from": "gpt", "value": world.spell(action)}, {"from": "human", "value": observation}]
+    return turns[:-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +234,7 @@ def vocabulary(world):
 # 3. The stages
 
 SIZES = {  # by --fast: steps and counts
-    False: {"base": 1000, "train": 4000, "test": 300, "actor": 1000, "every": 100},
+    False: {"base": 1000, "train": 4000, "test": 300, "actor": 800, "every": 100},
     True: {"base": 40, "train": 64, "test": 8, "actor": 4, "every": 2},
 }
 ACTORS = {  # row of the table: (world, its messages, flags of train_actor.py)
