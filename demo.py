@@ -475,17 +475,17 @@ MEANING = {
 def report(out, results, rate, seconds, n_tasks):
     """summary.json, results.png and the table of results {name: {rate, "interval", ...}}."""
     write_json(f"{out}/summary.json", {"tasks": n_tasks, "results": results, "seconds": seconds})
-    meanings = [MEANING.get(name, name) for name in results]
+    labels = [MEANING.get(name, name) for name in results]
     rates = [figures[rate] for figures in results.values()]
     intervals = [figures["interval"] for figures in results.values()]
     xlabel = f"{rate} on {n_tasks} held-out tasks (95 % interval)"
-    plot_bars(f"{out}/results.png", meanings, rates, intervals, xlabel)
+    plot_bars(f"{out}/results.png", labels, rates, intervals, xlabel)
 
     print(f"\n{n_tasks} held-out tasks")
-    print(f"{'name':17s}{'what the actor gets':36s}{rate:10s}95 % interval   states  ms per message")
-    for (name, figures), meaning in zip(results.items(), meanings):
+    print(f"{'name':18s}{'what the actor gets':36s}{rate:10s}95 % interval   states  ms per message")
+    for name, figures in results.items():
         low, high = figures["interval"]
-        line = f"{name:17s}{meaning:36s}{figures[rate]:.3f}     [{low:.3f}, {high:.3f}]"
+        line = f"{name:18s}{MEANING.get(name, ''):36s}{figures[rate]:.3f}     [{low:.3f}, {high:.3f}]"
         if figures.get("message_length"):
             line += f"  {figures['message_length']:6.1f}"
         if figures.get("sender_ms"):
