@@ -719,62 +719,25 @@ def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
     return output.last_hidden_state
 
 
-# What a family does after its decoder is more than its head: caps, scales. So lm_logits runs the family's
-# own forward on a copy of the model that has in its decoder's place a module which returns its input.
+class GivenStates(BaseModelOutputWithPast):
+    """A decoder's output that is its last hidden states; what else it may hold (router logits, ...) is
+    None."""
 
-class GivenStates(nn.Module):
-    """Stands in for a decoder: its last hidden states are what it is given as input embeddings."""
-
-    def __init__(self, decoder):
-        super().__init__()
-        self.__dict__["decoder"] = decoder  # past nn.Module's bookkeeping: it is no submodule of this one
-
-    def __getattr__(self, name):  # Falcon-H1 keeps the scale of its logits in its decoder
-        return getattr(self.__dict__["decoder"], name)
-
-    def forward(self, *args, inputs_embeds=None, **kwargs):
-        return GivenOutput(last_hidden_state=inputs_embeds)
-
-
-class GivenOutput(BaseModelOutputWithPast):
     def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None  # what else a decoder puts out (router logits, ...) is not needed for logits
-
-
-def shallow_copy(module):
-    """Another module object that holds the same parameters and submodules."""
-    twin = object.__new__(type(module))
-    twin.__dict__ = {**module.__dict__, "_modules": dict(module._modules)}
-    return twin
-
-
-def without_decoder(lm):
-    """A shallow copy of `lm` with GivenStates in its decoder's place; None where the decoder is no module
-    inside it. The head is the same object in both, so this follows an FSDP2 gather or a cast."""
-    decoder = decoder_of(lm)
-    name = next(name for name, module in lm.named_modules() if module is decoder)
-    if not name:
-        return None
-    top = parent = shallow_copy(lm)
-    *path, last = name.split(".")  # OPT's is "model.decoder": every module on the way is copied as well
-    for step in path:
-        parent._modules[step] = shallow_copy(parent._modules[step])
-        parent = parent._modules[step]
-    parent._modules[last] = GivenStates(decoder)
-    return top
+        return None if not name.startswith("_") else super().__getattribute__(name)
 
 
 def lm_logits(lm, hidden_states):
-    """Last hidden states (..., D) -> logits (..., V), fp32, by the family's code after its decoder:
-    the head, Gemma-2's cap, the scales of Cohere, Granite and MiniCPM3."""
-    head = without_decoder(lm)
-    if head is None:
-        return lm.get_output_embeddings()(hidden_states).float()
-    # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
-    flat = hidden_states.reshape(1, -1, hidden_states.shape[-1])  # (1, N, D)
-    logits = head.forward(inputs_embeds=flat, use_cache=False).logits
+    """Last hidden states (..., D) -> logits (..., V), fp32, by the family's code after its decoder: the
+    head, Gemma-2's cap, the scales of Cohere, Granite and MiniCPM3. So the model itself is run, while
+    its decoder gives back these states."""
+    states, decoder = hidden_states.flatten(0, -2)[None], decoder_of(lm)  # (1, N, D)
+    decoder.forward = lambda *args, **kwargs: GivenStates(last_hidden_state=states)
+    try:
+        # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
+        logits = lm.forward(inputs_embeds=states, use_cache=False).logits  # (1, N, V)
+    finally:
+        del decoder.forward  # the class's own is seen again
     return logits[0].unflatten(0, hidden_states.shape[:-1]).float()
 
 
