@@ -574,6 +574,8 @@ def actions_to_win(game, goal, route, target, lamp_places):
                 route.pop(0)
         if not takes:
             return
+        if len(takes) == 1:  # there is nothing more to come back for
+            route.pop(0)
         yield takes[0]
         thing = takes[0].removeprefix("take ").removesuffix(f" from {here}")
         if goal["verb"]:

@@ -318,6 +318,10 @@ def test_one_who_knows_the_place_goes_there_and_one_who_does_not_searches(tasks,
     two = direct["pick_two_obj_and_place"]["plan"]  # what lies open comes first
     assert two == ("take saltshaker 2 from countertop 1, put it in drawer 1, "
                    "take saltshaker 1 from cabinet 2, put it in drawer 1.")
+    assert actions(direct["pick_two_obj_and_place"]) == [  # no way back to where nothing is left
+        "go to countertop 1", "take saltshaker 2 from countertop 1", "go to drawer 1", "open drawer 1",
+        "put saltshaker 2 in/on drawer 1", "go to cabinet 2", "open cabinet 2", "take saltshaker 1 from cabinet 2",
+        "go to drawer 1", "put saltshaker 1 in/on drawer 1"]
     for record in direct.values():
         assert record["sender_task"].startswith("You have seen this house: ")
         assert record["sender_task"].endswith(record["conversations"][2]["value"])
