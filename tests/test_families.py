@@ -7,10 +7,12 @@ A family is a tiny random model, made from its config class. Right is what a use
 token, in a batch of which some end early; their states are those of one teacher-forced pass; losses and gradients are
 those of the model's own logits; conversations in a batch are what they are alone; gradients pass a student's steps."""
 import dataclasses
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -18,7 +20,9 @@ from collect import decode_plans
 from common import UserError
 from eval_alfworld import CachedChat
 from model import (LatentActor, LatentSender, build_sample, check_student, collate, context_length, decoder_layers,
-                   decoder_of, decoder_states, holes_allowed, init_markers, left_pad, load_lm, self_check)
+                   decoder_of, decoder_states, holes_allowed, init_markers, left_pad, load_lm, load_tokenizer,
+                   self_check)
+from tiny import save_model
 
 # ---- tiny configs: a size for every name that some config class has for it; windows are shorter than the samples
 NAMES_OF_SIZES = {
@@ -60,11 +64,12 @@ def without_needs(families):
 # ---- the table: name[:variant] of a family, and what its config needs beside the sizes
 RIGHT = {
     # attention to all that came before
-    **without_needs("apertus arcee aria_text biogpt bitnet bloom codegen cohere diffllama doge ernie4_5 ernie4_5_moe "
-                    "falcon flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gptj granitemoe granitemoeshared "
-                    "helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 jais2 jetmoe llama minimax_m2 ministral3 "
-                    "mixtral mpt nanochat nemotron olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe "
-                    "qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 xglm"),
+    **without_needs("apertus arcee aria_text biogpt bitnet bloom codegen cohere diffllama doge ernie4_5 "
+                    "ernie4_5_moe falcon flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gptj "
+                    "granitemoe granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 jais2 "
+                    "jetmoe llama minimax_m2 ministral3 mixtral mpt nanochat nemotron olmo olmo2 olmoe opt "
+                    "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open "
+                    "stablelm starcoder2 xglm"),
     **dict.fromkeys(["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"], MLA),
     "dots1": {"num_experts_per_tok": 2},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
@@ -72,8 +77,8 @@ RIGHT = {
     "longcat_flash": {"num_layers": 2, **MLA},
     "phi3:longrope": LONGROPE,
     # sliding windows, chunks, an index of where to look
-    **without_needs("afmoe cohere2 exaone_moe gemma2 gemma3 gemma3_text gpt_oss granite_swa mimo_v2_flash ministral "
-                    "mistral olmo3 vaultgemma"),
+    **without_needs("afmoe cohere2 exaone_moe gemma2 gemma3 gemma3_text gpt_oss granite_swa mimo_v2_flash "
+                    "ministral mistral olmo3 vaultgemma"),
     "deepseek_v32": DSA,
     "exaone4": {"sliding_window_pattern": 2},
     "glm_moe_dsa": DSA,
@@ -95,8 +100,9 @@ RIGHT = {
 # columns are counted, or a state is kept: such a family reads a conversation anew in each turn
 HOLES_NOT_ALLOWED = set("""
     afmoe bamba cohere2 exaone4 exaone_moe falcon_h1 gemma2 gemma3 gemma3_text gpt_neo gpt_oss granite_swa
-    granitemoehybrid jamba kimi_linear lfm2 lfm2_moe llama4_text mamba2 mimo_v2_flash ministral mistral modernbert-decoder mpt nemotron_h
-    olmo3 olmo_hybrid qwen3_5 qwen3_5_moe_text qwen3_5_text qwen3_next vaultgemma""".split())
+    granitemoehybrid jamba kimi_linear lfm2 lfm2_moe llama4_text mamba2 mimo_v2_flash ministral mistral
+    modernbert-decoder mpt nemotron_h olmo3 olmo_hybrid qwen3_5 qwen3_5_moe_text qwen3_5_text qwen3_next
+    vaultgemma""".split())
 # in decoding they overwrite the state that a student's gradient needs
 NO_STUDENT = {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba2", "nemotron_h"}
 REFUSED = {  # name: (what its config needs, a word of the line that refuses it)
@@ -287,9 +293,7 @@ def test_right(family, tmp_path):
 def test_refused(family, tmp_path):
     needs, word = REFUSED[family]
     path = save_tiny(tmp_path, family, needs)
-    with pytest.raises(UserError) as error:
-        load_lm(path)
-    line = str(error.value)
+    line = refusal(load_lm, path)
     assert line.startswith(path) and word in line and "\n" not in line
     load_lm(path, check=False)  # --self_check false
 
@@ -313,3 +317,48 @@ def test_half_precision_is_no_reason_to_refuse(tmp_path):
     for dtype in ("bf16", "fp16"):
         with pytest.raises(UserError, match="padded"):
             load_lm(rwkv, dtype)
+
+
+def refusal(function, *args):
+    with pytest.raises(UserError) as error:
+        function(*args)
+    return str(error.value)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_tiny(tmp_path, "llama", {})
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight" in refusal(load_lm, str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    """transformers makes an empty one of it, in which every text is no ids at all."""
+    for family in ("qwen2", "gemma2", "gpt2", "llama"):
+        path = save_tiny(tmp_path / family, family, {})
+        assert f"no tokenizer at {path}" in refusal(load_tokenizer, path)
+
+
+def test_a_tokenizer_of_a_newer_format_says_what_to_install(tmp_path):
+    save_model(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Future"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "pip install" in refusal(load_tokenizer, str(tmp_path))
+
+
+@pytest.mark.parametrize("changes", [
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    {"_attn_implementation": "flash_attention_2"},
+    {"model_type": "future"},
+])
+def test_configs_that_cannot_be_run_here_are_one_line(tmp_path, changes):
+    path = save_tiny(tmp_path, "llama", {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    line = refusal(load_lm, path)
+    assert path in line and "\n" not in line
