@@ -557,7 +557,7 @@ def load_config(path, trust_remote_code=False):
     """The model's (text) config, cheap: sizes are checked before any weight is read. Raises UserError."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config that contradicts itself has an error class of its own
         if "trust_remote_code" in str(error):
             raise UserError(f"{path} ships code: read it, then give --trust_remote_code true") from None
         raise UserError(f"no model at {path}: {first_line(error)}") from None
