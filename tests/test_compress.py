@@ -586,3 +586,10 @@ def test_gradient_that_is_not_finite_changes_nothing(world, tmp_path, refuses, m
 def test_global_batch_must_divide_over_ranks(world, tmp_path, refuses, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     refuses(main, argv(world, tmp_path / "o"), "--global_batch_size 4", "3 ranks")
+
+
+def test_the_temperature_is_that_of_the_kl(world, tmp_path):
+    for T in (1, 4):
+        main(argv(world, tmp_path / str(T), max_steps=1, kl_temperature=T))
+    assert column(tmp_path / "1", "task") == column(tmp_path / "4", "task")
+    assert column(tmp_path / "1", "kl") != column(tmp_path / "4", "kl")
