@@ -395,7 +395,9 @@ def main(argv=None):
             group["lr"] = group["peak"] * lr_scale(step, max_steps, warmup)
         # the weights follow the last step's losses: known before the pass, the same for any split of
         # the batch
-        w_align, w_sep = args.plan_similarity_weight, args.random_contrast_weight
+        w_align, w_sep = 0.0, 0.0
+        if latent:
+            w_align, w_sep = args.plan_similarity_weight, args.random_contrast_weight
         if args.adaptive_weights and state["last_terms"]:
             w_align = adaptive_weight(w_align, state["last_terms"]["align"], 1.0)  # align starts near 1
             w_sep = adaptive_weight(w_sep, state["last_terms"]["sep"], math.log(2))  # its largest value
@@ -413,7 +415,7 @@ def main(argv=None):
         for m, chosen in enumerate(micro_batches):
             batch, plan_batch, other_batch = make_batches(
                 data, chosen, train_samples, message=args.message, curriculum=args.curriculum,
-                with_plan=latent and w_align > 0, with_other=latent and w_sep > 0,
+                with_plan=w_align > 0, with_other=w_sep > 0,
                 seed=args.seed, device=device)
             # DDP sums gradients over ranks once a step, in the last pass; FSDP2 in every pass, because
             # gradients that are not summed yet are whole, and whole gradients do not fit
