@@ -447,23 +447,6 @@ def test_where_every_game_crashes_there_is_no_result(world, tmp_path, refuses, m
     assert main(flags)["no_comm"]["success"] == 1  # the same command plays again what crashed
 
 
-def test_ctrl_c_is_one_line(world, tmp_path):
-    """As a terminal sends it: to the evaluator and to its games."""
-    words = argv({**world, "messages": world["others"]}, tmp_path / "o", "--split", "hang", "--env_workers", 2)
-    command = f"import eval_alfworld\nprint('ready', flush=True)\neval_alfworld.main({words!r})"
-    process = subprocess.Popen([sys.executable, "-c", command], text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert process.stdout.readline() == "ready\n"
-    deadline = time.time() + 120
-    while len(episodes(tmp_path / "o")) < 1 and time.time() < deadline:  # the other one hangs
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in error
-    assert error.strip().splitlines()[-1].startswith("eval_alfworld.py: stopped by Ctrl-C")
-
-
 def test_ids_longer_than_file_names(tmp_path):
     names = ["任务" * 60 + end for end in ("a", "b")] + ["x" * 300]
     paths = {episode_path(str(tmp_path), "latent", 0, name) for name in names}
