@@ -1,10 +1,7 @@
 """Six small household games, one per task type, for the real ALFWorld engine: made at run time, because domain and
 grammar come from the installed alfworld. They are not the published games; scores on them compare with nobody's."""
-import functools
 import json
 import os
-import pickle
-import sys
 
 RECEPTACLES = ["cabinet 1", "cabinet 2", "countertop 1", "desk 1", "drawer 1", "fridge 1", "garbagecan 1",
                "microwave 1", "shelf 1", "sinkbasin 1"]
@@ -77,25 +74,6 @@ def old_wording(text):
         assert new in text
         text = text.replace(new, old)
     return text
-
-
-def memoise_engine(monkeypatch):
-    """Let the engine remember what it translates and parses again at every reset and step: the same texts, in a quarter
-    of the time. For tests of the evaluator; those of the engine itself run without."""
-    argv = sys.argv
-    import fast_downward  # which overwrites sys.argv
-    import textworld.envs.pddl.textgen as textgen
-    from textworld.logic import Rule
-    sys.argv = argv
-    translate, parse, condition = fast_downward.pddl2sas, textgen._parse_and_convert, Rule.parse_conjunctive_query
-    translated = functools.cache(lambda domain, problem, optimize: translate(domain, problem, optimize=optimize))
-    parsed = functools.cache(lambda text, rule_name: pickle.dumps(parse(text, rule_name=rule_name)))
-    conditions = functools.cache(lambda text: pickle.dumps(condition(text)))
-    monkeypatch.setattr(fast_downward, "pddl2sas", lambda domain, problem, verbose=False, optimize=False: translated(
-        domain, problem, optimize))
-    monkeypatch.setattr(textgen, "_parse_and_convert",
-                        lambda text, rule_name=None, **kwargs: pickle.loads(parsed(text, rule_name)))
-    monkeypatch.setattr(Rule, "parse_conjunctive_query", staticmethod(lambda text: pickle.loads(conditions(text))))
 
 
 def make_games(data_dir, splits=("valid_seen",), legacy=False):

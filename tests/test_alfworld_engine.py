@@ -16,7 +16,7 @@ from data import to_messages
 from games import (AlfworldGame, Crash, GameWorkers, load_game, locate, plan_in_words, read_goal, search_route,
                    sender_tasks, spare_cores)
 
-from alfworld_fixture import GAMES, make_games, memoise_engine
+from alfworld_fixture import GAMES, make_games
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_both_kinds_of_game_files_answer_as_published_transcripts_do(tasks):
 
 @pytest.mark.parametrize("tasks", ["installed"], indirect=True)
 def test_what_the_engine_remembers_changes_no_answer(tasks, monkeypatch):
-    """Of a game that is played a second time in a process nothing is translated again."""
+    """Of a game that is played a second time in a process nothing is translated or parsed again."""
     def transcript():
         game, turns = AlfworldGame(), []
         for task in tasks[:2] + tasks[:2]:
@@ -128,18 +128,20 @@ def test_what_the_engine_remembers_changes_no_answer(tasks, monkeypatch):
 
     remembering = transcript()
     import fast_downward
+    from textworld.envs.pddl import textgen
+    from textworld.logic import Rule
     assert fast_downward.pddl2sas.cache_info().hits >= 12  # of 4 requests a reset, at most 2 are new
-    plain = fast_downward.pddl2sas.__wrapped__
+    queries = Rule.parse_conjunctive_query.cache_info()
+    assert queries.hits > 10 * queries.misses
     with monkeypatch.context() as patch:
-        patch.setattr(fast_downward, "pddl2sas", plain)
+        for owner, name in ((fast_downward, "pddl2sas"), (textgen, "_parse_and_convert"), (Rule, "parse_conjunctive_query")):
+            patch.setattr(owner, name, getattr(owner, name).__wrapped__)
         patch.setattr(games, "remember_translations", lambda: None)
         assert transcript() == remembering
     assert remembering[:2] == remembering[2:]
 
 
-def test_look_wins_nothing_and_the_engines_step_limit_is_not_a_victory(tasks, workers, monkeypatch):
-    memoise_engine(monkeypatch)
-
+def test_look_wins_nothing_and_the_engines_step_limit_is_not_a_victory(tasks, workers):
     class ShortGame(AlfworldGame):
         engine_max_steps = 4
 
@@ -157,9 +159,7 @@ GARBAGE = [
     "Action: " + "ä" * 5000, "Action: (((", "Action: {o.name}", "Action: [{r.name | atlocation(a:agent, l:location)}]"]
 
 
-def test_garbage_costs_a_step_and_never_crashes(tasks, workers, monkeypatch):
-    memoise_engine(monkeypatch)
-
+def test_garbage_costs_a_step_and_never_crashes(tasks, workers):
     def reply(slot, step):
         return (GARBAGE + [f"Action: {action}" for action in walkthrough(tasks[slot])])[step]
 

@@ -678,10 +678,9 @@ def test_weights_trained_anew_into_the_same_folder_are_another_actor(world, tmp_
 def household(tmp_path_factory):
     """The six games of valid_seen -> their tasks, with what the engine says first: room and task."""
     pytest.importorskip("alfworld")
-    from alfworld_fixture import make_games, memoise_engine
+    from alfworld_fixture import make_games
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("ALFWORLD_DATA", make_games(tmp_path_factory.mktemp("data")))
-        memoise_engine(monkeypatch)
         game = games.AlfworldGame()
         yield [task | {"opening": game.reset(task)} for task in game.tasks("valid_seen")]
 
