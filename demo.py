@@ -352,6 +352,27 @@ def stage(seconds, values, name, command):
     return result
 
 
+def stage_once(out, values, name, command):
+    """A stage, unless an earlier run has done it: {out}/seconds.json knows."""
+    path = f"{out}/seconds.json"
+    seconds = read_json(path) if os.path.exists(path) else {}
+    if name not in seconds:
+        stage(seconds, {"out": out, **values}, name, command)
+        write_json(path, seconds)
+
+
+def open_output(out, settings, fresh=False):
+    """A directory holds one demo. Raises UserError if it was made with other settings."""
+    if fresh:
+        remove(out)
+    path = f"{out}/settings.json"
+    before = read_json(path) if os.path.exists(path) else settings
+    if before != settings:
+        raise UserError(f"{out} was made with other flags or sizes ({before}): add --fresh to start over, or give "
+                        f"another --output_dir")
+    write_json(path, settings)
+
+
 def household(out, seed, sizes, seconds):
     """All stages of the household -> {row of the table: {"success", "interval", ...}}."""
     run = functools.partial(stage, seconds, {"out": out, "seed": seed, **sizes})
@@ -511,19 +532,10 @@ def get_args(argv):
 def main(argv=None):
     args = get_args(argv)
     out = args.output_dir or {"household": "demo_out", "math": "demo_out_math"}[args.task]
-    if args.fresh:
-        remove(out)
-
-    # --- a directory holds one demo
-    settings = {"task": args.task, "seed": args.seed, "fast": args.fast}
-    before = read_json(f"{out}/settings.json") if os.path.exists(f"{out}/settings.json") else settings
-    if before != settings:
-        raise UserError(f"{out} was made with other flags ({before}): add --fresh to start over, or give "
-                        f"another --output_dir")
-    write_json(f"{out}/settings.json", settings)
+    sizes, seconds = SIZES[args.task, args.fast], {}
+    open_output(out, {"task": args.task, "seed": args.seed, "sizes": sizes}, args.fresh)
 
     # --- all stages, and what they showed
-    sizes, seconds = SIZES[args.task, args.fast], {}
     if args.task == "household":
         results = household(out, args.seed, sizes, seconds)
         report(out, results, "success", seconds, sizes["test"])

@@ -42,7 +42,7 @@ import demo  # noqa: E402
 from common import Parser, one_line_errors, read_json, save_figure, wilson_interval, write_json  # noqa: E402
 from demo import (  # noqa: E402
     APPLIANCES, LOCATIONS, OBJECTS, PLACES, PLAN_ANNOUNCEMENT, TARGETS, TYPES, Household, build_tokenizer,
-    expert, goal, held_out, look_into, make_lm)
+    expert, goal, held_out, look_into, make_lm, open_output, stage_once)
 from model import lm_logits, load_lm, open_shards, write_shard  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
@@ -266,14 +266,6 @@ def variant_of(flags):
     return "text" if "--message text" in flags else "latent"
 
 
-def run(out, values, name, command):
-    """A stage of demo.py, unless it is done: seconds.json knows."""
-    seconds = read_json(f"{out}/seconds.json") if os.path.exists(f"{out}/seconds.json") else {}
-    if name not in seconds:
-        demo.stage(seconds, {"out": out, **values}, name, command)
-        write_json(f"{out}/seconds.json", seconds)
-
-
 def prepare(out, name, seed, sizes):
     """The language model, its plans and messages, and the demonstrations that follow them."""
     world = WORLDS[name]
@@ -284,7 +276,7 @@ def prepare(out, name, seed, sizes):
         write_json(f"{out}/seconds.json", seconds)
     for split in ("train", "test"):
         values = {"world": name, "split": split, "seed": seed, "n": sizes[split]}
-        run(out, values, f"collect {split}", """
+        stage_once(out, values, f"collect {split}", """
             collect.py custom --env examples.unsure:{world} --split {split}-{seed} --max_samples {n}
             --model_name_or_path {out}/base --prompt_template '{{task}}' --max_new_tokens 20 --batch_size 100
             --torch_dtype fp32 --output_dir {out}/messages_{split}""")
@@ -324,7 +316,7 @@ def write_words(out, split, kind):
 def train(out, folder, messages, flags, seed, sizes):
     """An actor; all of them have the same start, demonstrations and steps."""
     values = {"folder": folder, "messages": messages, "seed": seed, **sizes}
-    run(out, values, f"train {folder}", """
+    stage_once(out, values, f"train {folder}", """
         train_actor.py --model_name_or_path {out}/base --train_file {out}/train.json
         --hidden_data {out}/{messages}_train --output_dir {out}/{folder} --plan_announcement 'plan :'
         --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 32
@@ -337,7 +329,7 @@ def play(out, name, world, seed, sizes, model, messages, variants):
     """Play the held-out tasks -> {variant: {"all" | "right" | "wrong": [successes, tasks]}}, by what the plan
     named: the right place or the wrong one."""
     values = {"name": name, "world": world, "seed": seed, "model": model, "messages": messages, **sizes}
-    run(out, values, f"play {name}", """
+    stage_once(out, values, f"play {name}", """
         eval_alfworld.py --env examples.unsure:{world} --split test-{seed} --num_episodes {test}
         --model_path {out}/{model} --hidden_data {out}/{messages}_test --max_steps 10 --max_new_tokens 10
         --batch_size {test} --torch_dtype fp32 --seed {seed} --output_path {out}/play/{name} --variants """ + variants)
@@ -488,11 +480,13 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0],
                         help="of the models, the tasks and all that is drawn; the table pools them")
     parser.add_argument("--fast", action="store_true", help="seconds: shows that it runs, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the matrices are tiny: a second thread waits more than it computes
 
     # --- every stage of every row
     out, seeds = args.output_dir, {}
+    open_output(out, {"sizes": SIZES[args.fast]}, args.fresh)
     for seed in args.seeds:
         rows = list(ACTORS) if args.all else SHORT
         seeds[seed] = one_seed(f"{out}/seed{seed}", rows, seed, SIZES[args.fast])

@@ -1,0 +1,324 @@
+"""
+ALFWorld's own games on two cores: a language model of 1.5 million parameters, made from scratch.
+
+  pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
+  python examples/alfworld_small.py --fast              under ten minutes: shows that it runs, and little else
+  python examples/alfworld_small.py                     about two hours on 2 cores
+  python examples/alfworld_small.py --seeds 0 1 2       as in assets/alfworld.json and assets/alfworld.png
+
+Type this at the top of the repository, and again after a kill: every stage goes on where it was.
+
+ALFWorld's texts use some two hundred words, so a small model can learn all of its language. The sender has
+seen the house: its prompt says where the things of the goal are. The actor, which starts from the same model
+as the paper's two agents do, reads the room and the goal only:
+
+    sender reads   You have seen this house: fork 3 is at diningtable 1. You are in the middle of a room. ...
+                   Your task is to: clean some fork and put it in drawer.
+    its plan       take fork 3 from diningtable 1, clean it with sinkbasin 1, put it in drawer 1.
+
+    1. the demonstrations   conversations that win the training games; of these games alone they were made by
+                            python games.py demonstrate --split train --output_dir d && xz -9e d/*.jsonl
+    2. language models      from scratch: to plan, to act with a plan in words, to search without one
+    3. the stages           each through its real script, on all 140 seen and 134 unseen games
+    4. the report           alfworld.json, a table, alfworld.png
+"""
+import argparse
+import lzma
+import os
+import platform
+import random
+import re
+import sys
+
+import torch
+from tokenizers import Regex, pre_tokenizers
+from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          get_cosine_schedule_with_warmup)
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
+
+from common import (  # noqa: E402
+    Parser, atomic_path, one_line_errors, plot_bars, progress, read_json, remove, wilson_interval, write_json,
+    write_text)
+from data import Conversations  # noqa: E402
+from demo import build_tokenizer, open_output, stage_once  # noqa: E402
+from games import open_split  # noqa: E402
+from model import collate, load_tokenizer  # noqa: E402
+
+SPLITS = ["valid_seen", "valid_unseen"]
+ANNOUNCEMENT = "plan :"
+SAVE_STEPS = 50  # of the language models
+SIZES = {  # by --fast: steps and counts
+    False: {"base": 1100, "llama": 500, "actor": 160, "student": 1000, "games": 140},
+    True: {"base": 60, "llama": 30, "actor": 8, "student": 8, "games": 20},
+}
+
+# --------------------------------------------------------------------------------------------------
+# 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not
+
+def unpack_demonstrations(out):
+    """Those of assets/, which --from_games would make anew."""
+    assets = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
+    for name in ("direct", "search"):
+        with lzma.open(f"{assets}/alfworld_train_{name}.jsonl.xz", "rt") as file:
+            write_text(f"{out}/train_{name}.jsonl", file.read())
+
+
+def write_planning(out):
+    """What the sender learns from: it reads the place and the task, and writes the plan."""
+    records = []
+    for record in read_json(f"{out}/train_direct.jsonl"):
+        prompt = {"from": "human", "value": record["sender_task"]}
+        reply = {"from": "gpt", "value": record["plan"]}
+        records.append({"id": record["id"], "conversations": [prompt, reply]})
+    write_json(f"{out}/planning.json", records)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Language models
+
+def make_tokenizer(out):
+    """One token for each word of the training games; commas and full stops are words."""
+    texts = [ANNOUNCEMENT]
+    for record in [*read_json(f"{out}/train_direct.jsonl"), *read_json(f"{out}/train_search.jsonl")]:
+        texts += [record.get("sender_task", ""), record.get("plan", "")]
+        texts += [turn["value"] for turn in record["conversations"]]
+    tokenizer = build_tokenizer(re.sub("([.,])", r" \1 ", text) for text in texts)
+    punctuation = pre_tokenizers.Split(Regex("[.,]"), "isolated")
+    split = pre_tokenizers.Sequence([punctuation, pre_tokenizers.WhitespaceSplit()])
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    tokenizer.save_pretrained(f"{out}/tokenizer")
+
+
+def make_lm(config_class, lm_class, tokenizer, seed):
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        # with the demo's 100 the model copies badly over the hundreds of tokens of a game
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        initializer_range=0.06,  # with the usual 0.02 so small a model does not learn to copy
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    return lm_class(config)
+
+
+def train_lm(path, lm, tokenizer, groups, seed, steps):
+    """Train a model into a directory, unless it is there.
+
+    groups: [(Conversations, how a plan is given, samples in a step)]; each is a batch of its own, because the
+    conversations of different groups differ in length."""
+    if os.path.isdir(path):
+        return
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=50, num_training_steps=steps)
+    parts, first, checkpoint = (lm, optimizer, schedule), 0, f"{path}.pt"
+    if os.path.exists(checkpoint):
+        first, states = torch.load(checkpoint, weights_only=True)
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
+
+    name = os.path.basename(path)
+    for step in progress(range(first, steps), desc=f"train {name} from scratch", unit="step"):
+        rng, losses = random.Random(f"{name} {seed} {step}"), []
+        for data, message, size in groups:
+            batch = collate([data.sample(n, message) for n in rng.choices(range(len(data)), k=size)])
+            # no attention mask: the padding is on the right, where causal attention does not look
+            loss = lm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+            loss.backward()
+            losses.append(f"{loss.item():.4f}")
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if (step + 1) % SAVE_STEPS == 0:
+            progress.write(f"step {step + 1}/{steps} losses {' '.join(losses)}")
+            with atomic_path(checkpoint) as temporary:
+                torch.save((step + 1, [part.state_dict() for part in parts]), temporary)
+
+    with atomic_path(path) as temporary:
+        lm.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    remove(checkpoint)
+
+
+def language_models(out, seed, sizes):
+    """{out}/base, sender and start of the actors, and {out}/llama, a sender of another family."""
+    if not os.path.isdir(f"{out}/llama"):
+        make_tokenizer(out)
+        tokenizer = load_tokenizer(f"{out}/tokenizer")
+        planning = Conversations(f"{out}/planning.json", tokenizer, message="none")
+        direct = Conversations(f"{out}/train_direct.jsonl", tokenizer, message="text", announcement=ANNOUNCEMENT,
+                               task_turn=2)
+        search = Conversations(f"{out}/train_search.jsonl", tokenizer, message="none", task_turn=2)
+        groups = [(direct, "text", 12), (search, "none", 4), (planning, "none", 12)]
+        base = make_lm(Qwen2Config, Qwen2ForCausalLM, tokenizer, seed)
+        train_lm(f"{out}/base", base, tokenizer, groups, seed, sizes["base"])
+        llama = make_lm(LlamaConfig, LlamaForCausalLM, tokenizer, seed + 1000)
+        train_lm(f"{out}/llama", llama, tokenizer, [(planning, "none", 24)], seed, sizes["llama"])
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The stages
+
+def one_seed(out, seed, sizes, from_games):
+    """Every stage -> {split: {row: the evaluator's figures}}."""
+    values = {"seed": seed, "announcement": ANNOUNCEMENT, **sizes}
+
+    def run(stage, command, **more):
+        stage_once(out, values | more, stage, command)
+
+    # --- demonstrations, and the models that learn from them
+    if from_games:
+        run("demonstrations", "games.py demonstrate --split train --output_dir {out}")
+    elif not os.path.exists(f"{out}/train_search.jsonl"):
+        unpack_demonstrations(out)
+    write_planning(out)
+    language_models(out, seed, sizes)
+
+    # --- stage 1: the messages of both senders
+    collect = """collect.py custom --model_name_or_path {out}/{sender} --prompt_template '{{task}}'
+        --max_new_tokens 40 --batch_size 140 --torch_dtype fp32 --output_dir {out}/{name}_{split} """
+    from_file = collect + "--dataset_path {out}/train_direct.jsonl --task_field sender_task"
+    from_game = collect + "--env alfworld --split {split} --sender_knows place --max_samples {games}"
+    for sender in ("base", "llama"):
+        run(f"{sender}, train", from_file, sender=sender, name=sender, split="train")
+        for split in SPLITS:
+            run(f"{sender}, {split}", from_game, sender=sender, name=sender, split=split)
+
+    # --- stage 2: an actor for each sender, and one that has learned to search without messages
+    train = """train_actor.py --model_name_or_path {out}/base --task_turn 2 --plan_announcement {announcement}
+        --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 16 --learning_rate 1e-3
+        --adam_beta2 0.98 --eval_ratio 0.03 --eval_steps 40 --save_steps 20 --logging_steps 10
+        --seed {seed} """
+    read = """--train_file {out}/train_direct.jsonl --hidden_data {out}/{sender}_train
+        --output_dir {out}/{sender}_actor --adapter_learning_rate 3e-3
+        --plan_similarity_weight 0.5 --random_contrast_weight 0.1"""
+    for sender in ("base", "llama"):
+        run(f"actor of {sender}", train + read, sender=sender)
+    run("actor without messages", train + """
+        --train_file {out}/train_search.jsonl --message none --output_dir {out}/search_actor""")
+
+    # --- stage 3: the sender learns to say it in 8 latent steps
+    run("student", """
+        compress.py --teacher_model_name_or_path {out}/base_actor --student_model_name_or_path {out}/base
+        --train_file {out}/train_direct.jsonl --task_turn 2 --hidden_data {out}/base_train
+        --prompt_template '{{task}}' --output_dir {out}/student --K 8 --max_steps {student}
+        --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 --adam_beta2 0.98
+        --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.03 --eval_steps 200
+        --save_steps 100 --logging_steps 20 --seed {seed}""")
+
+    # --- stage 4: play; rows that need another sender or other messages have a table of their own
+    play = """eval_alfworld.py --env alfworld --split {split} --num_episodes {games}
+        --model_path {out}/base_actor --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed}
+        --output_path {out}/play/{table}_{split} """
+    thinking = "--latent_steps 8 --sender_knows place --prompt_template '{{task}}' --sender {out}/"
+    tables = {
+        "main": """--hidden_data {out}/base_{split} --cross_hidden_data {out}/llama_{split}
+            --baseline_path {out}/search_actor {out}/llama_actor
+            --variants latent text no_comm no_cot cross_task randomrot whitenoise qwen2llama""",
+        "keep8": "--hidden_data {out}/cut_{split}",
+        "k8": thinking + "student",
+        "k8_untrained": thinking + "base",
+    }
+    results = {split: {} for split in SPLITS}
+    for split in SPLITS:
+        run(f"first 8 states, {split}", from_game + " --c 8", sender="base", name="cut", split=split)
+        for table, flags in tables.items():
+            run(f"play {table}, {split}", play + flags, split=split, table=table)
+            rows = read_json(f"{out}/play/{table}_{split}/summary.json")["variants"]
+            for row, figures in rows.items():
+                results[split][row if table == "main" else table] = figures
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The report
+
+MEANING = {
+    "latent": "the sender's states",
+    "text": "its plan as text, same actor",
+    "no_comm": "no message, same actor",
+    "no_cot": "no message, an actor that learned to search",
+    "cross_task": "another game's states",
+    "randomrot": "states rotated at random",
+    "whitenoise": "states in noise of their power",
+    "qwen2llama": "a Llama's states, an actor that learned them",
+    "keep8": "the first 8 states",
+    "k8": "8 latent steps, trained",
+    "k8_untrained": "8 latent steps, untrained",
+}
+
+
+def pool(results, seeds, splits):
+    """Wins and games of these seeds and splits -> {row: [wins, games]}."""
+    counts = {row: [0, 0] for row in MEANING}
+    for seed in seeds:
+        for split in splits:
+            for row, figures in results[seed][split].items():
+                counts[row][0] += round(figures["success"] * figures["games"])
+                counts[row][1] += figures["games"]
+    return counts
+
+
+def report(out, results, sizes, seconds):
+    """alfworld.json, the table and its picture; every interval is Wilson's, over games and seeds."""
+    parts = {"seen": SPLITS[:1], "unseen": SPLITS[1:], "all": SPLITS}
+    tables = {part: pool(results, results, splits) for part, splits in parts.items()}
+    print(f"\n{'':14s}{'what the actor gets':46s}" + "".join(f"{part:22s}" for part in parts) + "all, by seed")
+    for row, meaning in MEANING.items():
+        line = f"{row:14s}{meaning:46s}"
+        for table in tables.values():
+            wins, games = table[row]
+            low, high = wilson_interval(wins, games)
+            line += f"{wins / games:.3f} [{low:.2f}, {high:.2f}]    "
+        for seed in results:
+            wins, games = pool(results, [seed], SPLITS)[row]
+            line += f"{wins / games:.3f} "
+        print(line)
+
+    rates = [wins / games for wins, games in tables["all"].values()]
+    intervals = [wilson_interval(wins, games) for wins, games in tables["all"].values()]
+    n_games = tables["all"]["latent"][1]
+    plot_bars(f"{out}/alfworld.png", list(MEANING.values()), rates, intervals,
+              f"games won, of {n_games} never trained on (95 % Wilson interval)")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
+    write_json(f"{out}/alfworld.json", {"command": " ".join(sys.argv), "machine": machine, "hours": hours,
+                                        "sizes": sizes, "seconds": seconds, "pooled": tables, "seeds": results})
+    print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
+
+
+@one_line_errors("alfworld_small.py")
+def main(argv=None):
+    parser = Parser(prog="alfworld_small.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="alfworld_out",
+                        help="models, messages and results; a stage that is done there is not run again")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the models and of all that is drawn")
+    parser.add_argument("--from_games", action="store_true",
+                        help="play the training games anew for their demonstrations, an hour, instead of assets/")
+    parser.add_argument("--fast", action="store_true", help="20 games of each split, models that hardly learned")
+    parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
+    args = parser.parse_args(argv)
+    for split in SPLITS:
+        open_split("alfworld", split)  # an hour from now it would be late to say that they are missing
+    out, sizes = args.output_dir, SIZES[args.fast]
+    open_output(out, {"sizes": sizes, "from_games": args.from_games}, args.fresh)
+
+    results, seconds = {}, {}
+    for seed in args.seeds:
+        results[seed] = one_seed(f"{out}/seed{seed}", seed, sizes, args.from_games)
+        seconds[seed] = read_json(f"{out}/seed{seed}/seconds.json")
+    report(out, results, sizes, seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""examples/alfworld_small.py on six small made games: every stage through its script, and what is written."""
+import os
+
+import pytest
+
+from alfworld_fixture import make_games
+from common import read_json
+from examples import alfworld_small
+from model import load_tokenizer, open_shards
+
+pytest.importorskip("alfworld")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The directory that a run of two games a split leaves."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALFWORLD_DATA", make_games(folder / "data", ["train", *alfworld_small.SPLITS], legacy=True))
+        patch.setitem(alfworld_small.SIZES, True, {"base": 3, "llama": 1, "actor": 2, "student": 2, "games": 2})
+        alfworld_small.main(["--fast", "--from_games", "--output_dir", f"{folder}/out"])
+    return f"{folder}/out"
+
+
+def test_every_row_of_both_splits(small):
+    result = read_json(f"{small}/alfworld.json")
+    assert os.path.getsize(f"{small}/alfworld.png") > 10_000
+    for split in alfworld_small.SPLITS:
+        rows = result["seeds"]["0"][split]
+        assert list(rows) == list(alfworld_small.MEANING)
+        for figures in rows.values():
+            assert figures["games"] == 2 and figures["crashed"] == 0
+    assert {counts[1] for counts in result["pooled"]["all"].values()} == {4}
+
+
+def test_the_sender_knows_the_place_and_the_actor_does_not(small):
+    seed = f"{small}/seed0"
+    for split in alfworld_small.SPLITS:
+        for record in open_shards(f"{seed}/base_{split}").records.values():
+            assert record["task"].startswith("You have seen this house: ")
+    for name in os.listdir(f"{seed}/play/main_valid_seen/episodes/latent/run0"):
+        episode = read_json(f"{seed}/play/main_valid_seen/episodes/latent/run0/{name}")
+        assert "You have seen" not in episode["first_turn"] and episode["message_length"] > 0
+
+
+def test_no_word_of_the_games_is_unknown(small):
+    seed = f"{small}/seed0"
+    tokenizer = load_tokenizer(f"{seed}/tokenizer")
+    for record in read_json(f"{seed}/train_direct.jsonl"):
+        for text in [record["sender_task"], record["plan"], *(turn["value"] for turn in record["conversations"])]:
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids).replace(" .", ".").replace(" ,", ",") == " ".join(text.split())
+
+
+def test_a_language_model_goes_on_after_a_kill(small, tmp_path, monkeypatch):
+    """The same weights as of the run that nobody killed."""
+    import torch
+    from model import load_lm
+    os.makedirs(tmp_path / "seed")
+    for name in ("train_direct.jsonl", "train_search.jsonl", "planning.json"):
+        os.symlink(f"{small}/seed0/{name}", tmp_path / "seed" / name)
+    save = torch.save
+
+    def kill(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(alfworld_small, "SAVE_STEPS", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 3, "llama": 1})
+    alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 3, "llama": 1})
+    states = [load_lm(f"{path}/base", check=False).state_dict() for path in (f"{small}/seed0", tmp_path / "seed")]
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
