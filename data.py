@@ -217,8 +217,9 @@ def stop_ids(tokenizer, lm=None):
 
 
 def final_reply(text):
-    """A reply without the thoughts before it: what a game, a grader or a file gets."""
-    return text.rsplit("</think>", 1)[-1].strip()
+    """A reply without the thoughts before it: what a game, a grader or a file gets. Thoughts that were cut
+    off are no reply."""
+    return text.rsplit("</think>", 1)[-1].partition("<think>")[0].strip()
 
 
 def encode_prompt(tokenizer, messages, announcement=None, where="conversation", reply=None):

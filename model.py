@@ -591,6 +591,9 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
         raise UserError(f"no tokenizer at {path}: {first_line(error)}") from None
     if len(tokenizer.get_vocab()) < 10:  # what transformers makes of a folder without any tokenizer file
         raise UserError(f"no tokenizer at {path}: its tokenizer.json or tokenizer.model is missing")
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: its {type(tokenizer).__name__} does not say where in a text each token ends: "
+                        f"convert it to a tokenizer.json")
     if chat_template_kwargs is None:
         chat_template_kwargs = {"enable_thinking": False}
     tokenizer.chat_template_kwargs = chat_template_kwargs

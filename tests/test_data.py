@@ -148,7 +148,7 @@ def test_generation_stops_at_the_models_own_ends_too(eos, extra):
 
 @pytest.mark.parametrize("text, reply", [
     ("take cup", "take cup"), ("<think>\nAction: no\n</think>\n\nAction: take cup", "Action: take cup"),
-    ("</think> go ", "go"), ("<think>a</think>b</think>c", "c")])
+    ("</think> go ", "go"), ("<think> Action: go", ""), ("<think>a</think>b</think>c", "c")])
 def test_a_reply_is_what_comes_after_thoughts(text, reply):
     assert final_reply(text) == reply
 

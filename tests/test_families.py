@@ -362,3 +362,9 @@ def test_configs_that_cannot_be_run_here_are_one_line(tmp_path, changes):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     line = refusal(load_lm, path)
     assert path in line and "\n" not in line
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_end_is_refused(tmp_path):
+    from transformers import ByT5Tokenizer
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert "does not say where in a text each token ends" in refusal(load_tokenizer, str(tmp_path))
