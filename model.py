@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
-                          PreTrainedModel, PreTrainedTokenizerFast)
+                          PreTrainedTokenizerFast)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as hf_logging
@@ -674,6 +674,7 @@ def embedding_rms(lm):
 def decoder_of(lm):
     """The module between the input embeddings and the output head: lm.get_decoder() but for the few
     families where that is the whole model (Llama-4's text model)."""
+    from transformers import PreTrainedModel  # takes as long as torch, and --help needs no model
     decoder = lm.get_decoder()
     if decoder is not lm and isinstance(decoder, PreTrainedModel):
         return decoder
