@@ -514,6 +514,28 @@ def test_resumed_is_uninterrupted(world, tmp_path, monkeypatch, capsys, size):
     assert len(played) == 16 and list(read(out / "summary.json")["variants"]) == ["latent", "no_comm"]
 
 
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(world, tmp_path, monkeypatch, capsys):
+    flags = argv(world, tmp_path / "o", "--variants", "latent", "no_comm", "--batch_size", 4)
+    steps, step = itertools.count(), Game.step
+
+    def interrupted(game, action):
+        if next(steps) == 20:  # in the second of four batches
+            raise KeyboardInterrupt
+        return step(game, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Game, "step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and "Traceback" not in error
+    assert "stopped by Ctrl-C" in error.splitlines()[-1]
+    assert 0 < len(episodes(tmp_path / "o")) < 2 * len(TASKS)
+    main(flags)
+    main(argv(world, tmp_path / "whole", "--variants", "latent", "no_comm", "--batch_size", 4))
+    assert said(tmp_path / "o") == said(tmp_path / "whole")
+
+
 def test_killed_by_sigkill_and_started_again(world, tmp_path, forked):
     flags = ["--variants", "latent", "text", "no_comm", "--temperature", 1.0, "--batch_size", 4]
     job = forked("eval_alfworld", argv(world, tmp_path / "o", *flags), env={"DEADLY_ROOM": TASKS[5]["id"]})
