@@ -48,6 +48,13 @@ from model import collate, load_tokenizer  # noqa: E402
 SPLITS = ["valid_seen", "valid_unseen"]
 ANNOUNCEMENT = "plan :"
 SAVE_STEPS = 50  # of the language models
+SHAPE = {
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1100, "llama": 500, "actor": 160, "student": 1000, "games": 140},
     True: {"base": 60, "llama": 30, "actor": 8, "student": 8, "games": 20},
@@ -94,11 +101,7 @@ def make_lm(config_class, lm_class, tokenizer, seed):
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        **SHAPE,
         max_position_embeddings=2048,
         # with the demo's 100 the model copies badly over the hundreds of tokens of a game
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},

@@ -256,7 +256,8 @@ def train_plain(shape, device, **sizes):
 
     def log_probs(batch):
         logits = actor.lm(inputs_embeds=actor.embed(batch), attention_mask=batch["attention_mask"]).logits
-        return logits[:, :-1][batch["labels"][:, 1:] != -100].log_softmax(-1)  # (N, V)
+        log_probs = logits.log_softmax(-1)  # (B, 2048, V): the released losses are over all tokens, too
+        return log_probs[:, :-1][batch["labels"][:, 1:] != -100]  # (N, V)
 
     def work():
         log_h = log_probs(batches[0])

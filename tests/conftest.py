@@ -19,8 +19,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "families: the long part of the table of model families, see test_families.py")
-    config.option.markexpr = config.option.markexpr or "not families"
+    config.addinivalue_line("markers", "long: what only .ci/run waits for")
+    config.option.markexpr = config.option.markexpr or "not long"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,9 @@ from examples import alfworld_small
 from model import load_tokenizer, open_shards
 
 pytest.importorskip("alfworld")
+pytestmark = pytest.mark.long
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALFWORLD_DATA", make_games(folder / "data", ["train", *alfworld_small.SPLITS], legacy=True))
-        patch.setitem(alfworld_small.SIZES, True, {"base": 3, "llama": 1, "actor": 2, "student": 2, "games": 2})
+        patch.setitem(alfworld_small.SIZES, True, {"base": 30, "llama": 30, "actor": 2, "student": 2, "games": 2})
+        patch.setattr(alfworld_small, "SHAPE", TINY)
         alfworld_small.main(["--fast", "--from_games", "--output_dir", f"{folder}/out"])
     return f"{folder}/out"
 
@@ -66,12 +70,13 @@ def test_a_language_model_goes_on_after_a_kill(small, tmp_path, monkeypatch):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(alfworld_small, "SAVE_STEPS", 2)
+    monkeypatch.setattr(alfworld_small, "SHAPE", TINY)
+    monkeypatch.setattr(alfworld_small, "SAVE_STEPS", 20)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", kill)
         with pytest.raises(KeyboardInterrupt):
-            alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 3, "llama": 1})
-    alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 3, "llama": 1})
+            alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 30, "llama": 30})
+    alfworld_small.language_models(f"{tmp_path}/seed", 0, {"base": 30, "llama": 30})
     states = [load_lm(f"{path}/base", check=False).state_dict() for path in (f"{small}/seed0", tmp_path / "seed")]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name])

@@ -1,7 +1,7 @@
 """Every family that transformers ships runs right, or is refused in one line: no third outcome.
 
     python -m pytest tests/test_families.py                 the families that people use most
-    python -m pytest tests/test_families.py -m families     all the others: two minutes of one core, so in CI alone
+    python -m pytest tests/test_families.py -m long         all the others: two minutes of one core, so in CI alone
 
 A family is a tiny random model, made from its config class. Right is what a user sees: plans are generate's, token by
 token, in a batch of which some end early; their states are those of one teacher-forced pass; losses and gradients are
@@ -131,7 +131,7 @@ REFUSED = {  # name: (what its config needs, a word of the line that refuses it)
     "xlnet": ({}, "cache"),
 }
 FEW = set("llama qwen2 qwen3 gemma2 gemma3 mistral gpt2 mpt lfm2 qwen3_5 hyperclovax:scaled phi3:longrope rwkv "
-          "gemma3n_text opt:350m".split())  # what runs without -m families
+          "gemma3n_text opt:350m".split())  # what runs without -m long
 
 
 def tiny_config(name, **needs):
@@ -167,7 +167,7 @@ def make_prompts(*lengths):
 
 
 def table(families):
-    return [pytest.param(name, marks=() if name in FEW else pytest.mark.families) for name in families]
+    return [pytest.param(name, marks=() if name in FEW else pytest.mark.long) for name in families]
 
 
 # ---- what is right

@@ -133,6 +133,10 @@ def test_all_stages(small, capsys):
     assert "wrong place named" in out and out.count("$ python") == 1  # inspect
 
 
+def test_what_other_sizes_left_behind_is_not_taken_for_ones_own(small, refuses):
+    refuses(unsure.main, ["--output_dir", small], "--fresh", "--output_dir", unsure.SIZES[True])
+
+
 def test_the_demonstrations_follow_the_plans(small):
     records = open_shards(f"{small}/seed0/OneWord/messages_train").records
     for row in read_json(f"{small}/seed0/OneWord/train.json"):
