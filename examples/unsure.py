@@ -1,8 +1,8 @@
 """
 A sender that is unsure: where a message says more than its own text.
 
-  python examples/unsure.py                      about ten minutes on 2 cores: latent, text and the controls
-  python examples/unsure.py --all                the rest of the table, half an hour more
+  python examples/unsure.py                      under ten minutes: latent, text and the controls
+  python examples/unsure.py --all                the rest of the table, three quarters of an hour more
   python examples/unsure.py --all --seeds 0 1 2  as in assets/unsure.json and assets/unsure.png
 
 Type this at the top of the repository. The sender's prompt names two places where a mug was seen, each as
@@ -454,7 +454,7 @@ def plot(table, seeds, path):
     bars.set_yticks(range(len(table)), list(table))
     bars.set(xlim=(0, 1), xlabel="success (95 % Wilson interval)")
     bars.invert_yaxis()
-    bars.legend(loc="lower right")
+    bars.legend(loc="lower right", bbox_to_anchor=(1, 1))  # above the bars
 
     success = figure.add_subplot(2, 2, 2)
     loss = figure.add_subplot(2, 2, 4)
@@ -466,7 +466,7 @@ def plot(table, seeds, path):
         success.plot([], [], color=CURVES[row], label=row)
     success.set(ylim=(0, 1), ylabel="success, wrong place named")
     loss.set(ylim=(0, None), ylabel="held-out loss", xlabel="step of train_actor.py (a line per seed)")
-    success.legend()
+    success.legend(loc="upper left")
     save_figure(figure, path)
 
 
