@@ -466,7 +466,7 @@ def plot(table, seeds, path):
         success.plot([], [], color=CURVES[row], label=row)
     success.set(ylim=(0, 1), ylabel="success, wrong place named")
     loss.set(ylim=(0, None), ylabel="held-out loss", xlabel="step of train_actor.py (a line per seed)")
-    success.legend(loc="upper left")
+    success.legend(loc="lower right", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
