@@ -315,7 +315,7 @@ def bench_train(shape, device, repeats, **_):
         rows.append(row(f"train {shape}, one step, {kind}; a supervised step through the same head", sides["ours"],
                         sides["plain"]))
     ours = {"ours": (train_ours, arguments)}
-    sides = measure(repeats, device, **ours)
+    sides = measure(1, device, **ours)  # alone: memory of a process that waits can be taken from it
     layers, _, _, _, _, vocabulary, _ = SHAPES[shape]
     needed, free = 7 * 4 * 2 * 2048 * vocabulary / 1e9 + 8, memory("MemAvailable", "/proc/meminfo")
     if free and needed > free and device == "cpu":
@@ -356,13 +356,15 @@ def compress_side(shape, device, think=LatentSender.forward, backward=False, bat
 
 
 def bench_compress(shape, device, repeats, **_):
+    """One prompt at a time reads all weights for each token; several share that, as in collect.py."""
     rows = []
-    for backward, what in ((False, "a message"), (True, "a message and its gradient")):
-        ours, plain = ({"shape": shape, "device": device, "think": think, "backward": backward,
-                        "steps": 32 if backward else 64} for think in (LatentSender.forward, think_again))
+    for batch, steps, backward in ((1, 64, False), (4, 64, False), (1, 32, True)):
+        ours, plain = ({"shape": shape, "device": device, "think": think, "backward": backward, "batch": batch,
+                        "steps": steps} for think in (LatentSender.forward, think_again))
         sides = measure(1, device, ours=(compress_side, ours), plain=(compress_side, plain))
         same("latents", sides["ours"][2], sides["plain"][2])
-        rows.append(row(f"compress {shape}, K = {ours['steps']}, {what}; prefix read again each step", sides["ours"],
+        what = "a message and its gradient" if backward else f"{batch} message{'s' * (batch > 1)}"
+        rows.append(row(f"compress {shape}, K = {steps}, {what}; prefix read again each step", sides["ours"],
                         sides["plain"]))
     return rows
 
