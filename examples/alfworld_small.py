@@ -4,7 +4,7 @@ ALFWorld's own games on two cores: a language model of 1.5 million parameters, m
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
   python examples/alfworld_small.py --fast              under ten minutes: shows that it runs, and little else
   python examples/alfworld_small.py                     about two hours on 2 cores
-  python examples/alfworld_small.py --seeds 0 1 2       as in assets/alfworld.json and assets/alfworld.png
+  python examples/alfworld_small.py --seeds 0 1 2       three seeds, pooled
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was.
 
@@ -16,7 +16,7 @@ as the paper's two agents do, reads the room and the goal only:
                    Your task is to: clean some fork and put it in drawer.
     its plan       take fork 3 from diningtable 1, clean it with sinkbasin 1, put it in drawer 1.
 
-    1. the demonstrations   conversations that win the training games; of these games alone they were made by
+    1. the demonstrations   conversations that win training games; assets/ has those of 792 of the 3,554, made by
                             python games.py demonstrate --split train --output_dir d && xz -9e d/*.jsonl
     2. language models      from scratch: to plan, to act with a plan in words, to search without one
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
@@ -64,7 +64,7 @@ SIZES = {  # by --fast: steps and counts
 # 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not
 
 def unpack_demonstrations(out):
-    """Those of assets/, which --from_games would make anew."""
+    """Those of assets/; with --from_games they are made anew, and of all training games."""
     assets = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
     for name in ("direct", "search"):
         with lzma.open(f"{assets}/alfworld_train_{name}.jsonl.xz", "rt") as file:
