@@ -57,7 +57,7 @@ SHAPE = {
 }
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1100, "llama": 500, "actor": 160, "student": 1000, "games": 140},
-    True: {"base": 60, "llama": 30, "actor": 8, "student": 8, "games": 20},
+    True: {"base": 60, "llama": 30, "actor": 4, "student": 4, "games": 20},
 }
 
 # --------------------------------------------------------------------------------------------------
