@@ -196,8 +196,7 @@ class CachedChat:
 
 def spoken(tokenizer, ids, more=""):
     """What a game gets of a reply: no thoughts, and nothing while the thoughts are not over."""
-    text = tokenizer.decode(ids, skip_special_tokens=True) + more
-    return final_reply(text)
+    return final_reply(tokenizer.decode(ids, skip_special_tokens=True) + more)
 
 
 # -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 ALFWorld's own games on two cores: a language model of 1.5 million parameters, made from scratch.
 
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
-  python examples/alfworld_small.py --fast              under ten minutes: shows that it runs, and little else
+  python examples/alfworld_small.py --fast              a quarter of an hour on one core: shows that it runs
   python examples/alfworld_small.py                     about two hours on 2 cores
   python examples/alfworld_small.py --seeds 0 1 2       three seeds, pooled
 
@@ -155,6 +155,7 @@ def train_lm(path, lm, tokenizer, groups, seed, steps):
 def language_models(out, seed, sizes):
     """{out}/base, sender and start of the actors, and {out}/llama, a sender of another family."""
     if not os.path.isdir(f"{out}/llama"):
+        write_planning(out)
         make_tokenizer(out)
         tokenizer = load_tokenizer(f"{out}/tokenizer")
         planning = Conversations(f"{out}/planning.json", tokenizer, message="none")
@@ -183,7 +184,6 @@ def one_seed(out, seed, sizes, from_games):
         run("demonstrations", "games.py demonstrate --split train --output_dir {out}")
     elif not os.path.exists(f"{out}/train_search.jsonl"):
         unpack_demonstrations(out)
-    write_planning(out)
     language_models(out, seed, sizes)
 
     # --- stage 1: the messages of both senders
@@ -275,6 +275,7 @@ def report(out, results, sizes, seconds):
     """alfworld.json, the table and its picture; every interval is Wilson's, over games and seeds."""
     parts = {"seen": SPLITS[:1], "unseen": SPLITS[1:], "all": SPLITS}
     tables = {part: pool(results, results, splits) for part, splits in parts.items()}
+    by_seed = [pool(results, [seed], SPLITS) for seed in results]
     print(f"\n{'':14s}{'what the actor gets':46s}" + "".join(f"{part:22s}" for part in parts) + "all, by seed")
     for row, meaning in MEANING.items():
         line = f"{row:14s}{meaning:46s}"
@@ -282,8 +283,8 @@ def report(out, results, sizes, seconds):
             wins, games = table[row]
             low, high = wilson_interval(wins, games)
             line += f"{wins / games:.3f} [{low:.2f}, {high:.2f}]    "
-        for seed in results:
-            wins, games = pool(results, [seed], SPLITS)[row]
+        for table in by_seed:
+            wins, games = table[row]
             line += f"{wins / games:.3f} "
         print(line)
 

@@ -256,8 +256,8 @@ def train_plain(shape, device, **sizes):
 
     def log_probs(batch):
         logits = actor.lm(inputs_embeds=actor.embed(batch), attention_mask=batch["attention_mask"]).logits
-        log_probs = logits.log_softmax(-1)  # (B, 2048, V): the released losses are over all tokens, too
-        return log_probs[:, :-1][batch["labels"][:, 1:] != -100]  # (N, V)
+        log_p = logits.log_softmax(-1)  # (B, 2048, V): the released losses are over all tokens, too
+        return log_p[:, :-1][batch["labels"][:, 1:] != -100]  # (N, V)
 
     def work():
         log_h = log_probs(batches[0])
@@ -314,8 +314,8 @@ def bench_train(shape, device, repeats, **_):
         kind = "bf16 autocast" if bf16 else "fp32"
         rows.append(row(f"train {shape}, one step, {kind}; a supervised step through the same head", sides["ours"],
                         sides["plain"]))
-    ours = {"ours": (train_ours, arguments)}
-    sides = measure(1, device, **ours)  # alone: memory of a process that waits can be taken from it
+    # alone: memory of a process that waits can be taken from it
+    sides = measure(1, device, ours=(train_ours, arguments))
     layers, _, _, _, _, vocabulary, _ = SHAPES[shape]
     needed, free = 7 * 4 * 2 * 2048 * vocabulary / 1e9 + 8, memory("MemAvailable", "/proc/meminfo")
     if free and needed > free and device == "cpu":

@@ -62,7 +62,7 @@ def test_a_language_model_goes_on_after_a_kill(small, tmp_path, monkeypatch):
     import torch
     from model import load_lm
     os.makedirs(tmp_path / "seed")
-    for name in ("train_direct.jsonl", "train_search.jsonl", "planning.json"):
+    for name in ("train_direct.jsonl", "train_search.jsonl"):
         os.symlink(f"{small}/seed0/{name}", tmp_path / "seed" / name)
     save = torch.save
 

@@ -4,9 +4,7 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 import zlib
 from statistics import mean, stdev
 
