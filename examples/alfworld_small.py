@@ -16,7 +16,7 @@ as the paper's two agents do, reads the room and the goal only:
                    Your task is to: clean some fork and put it in drawer.
     its plan       take fork 3 from diningtable 1, clean it with sinkbasin 1, put it in drawer 1.
 
-    1. the demonstrations   conversations that win training games; assets/ has those of 792 of the 3,554, made by
+    1. the demonstrations   conversations that win the 3,554 training games; assets/ has what was made by
                             python games.py demonstrate --split train --output_dir d && xz -9e d/*.jsonl
     2. language models      from scratch: to plan, to act with a plan in words, to search without one
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
