@@ -190,7 +190,7 @@ class AlfworldGame:
     def look_around(self, task):
         """What a game's sender may be told -> {"opening": room and task, "place": where the goal's things are}."""
         opening = self.reset(task)
-        things, _, _ = locate(read_goal(task), self.facts)
+        things, _, _ = locate(task, read_goal(task), self.facts)
         return {"opening": opening, "place": place_in_words(things)}
 
     def demonstrate(self, task):
@@ -314,13 +314,15 @@ def closed_places(facts):
     return {place for place, in set(facts_of(facts, "openable")) - set(facts_of(facts, "opened"))}
 
 
-def locate(goal, facts):
+def locate(task, goal, facts):
     """Where the goal's things are at the start -> ([(thing, place)], route, target).
 
     Of several objects that would do, one that is open to view; the lamp comes last. The route holds the places
-    to fetch an object from, the target is where to put it, the first of its kind. Of two objects one may lie at
-    such a place already: it stays, and the other is put beside it."""
-    order = places_of(facts)
+    to fetch an object from, the target is where to put it. Of two objects one may lie at such a place already:
+    it stays, and the other is put beside it. Where several places would do, the game's id draws one: if it were
+    always the first, room and task would tell most of a plan, and an actor learned to guess instead of reading."""
+    closed = closed_places(facts)
+    order = sorted(places_of(facts), key=lambda place: (place in closed, seed_for("place", task["id"], place)))
     things = facts_of(facts, "inreceptacle")
     targets = [place for place in order if kind(place) == goal["place"]]
     target = targets[0] if targets else None
@@ -544,7 +546,7 @@ def demonstrate(game, task):
     need minutes for a game, and its handcoded expert does not know the wording of these files.) Raises
     ValueError where the rule does not win."""
     goal, opening = read_goal(task), game.reset(task)
-    things, route, target = locate(goal, game.facts)
+    things, route, target = locate(task, goal, game.facts)
     lamp_places = [place for thing, place in things if kind(thing) == goal["lamp"]]
     direct = play_out(game, actions_to_win(game, goal, route, target, lamp_places))
     game.reset(task)

@@ -367,14 +367,21 @@ def test_which_of_several_objects_is_fetched():
                   inreceptacle=[("pen 1", "drawer 2"), ("pen 2", "desk 2"), ("pen 3", "safe 1"), ("pen 3", "desk 1"),
                                 ("desklamp 1", "desk 1"), ("desklamp 2", "desk 2"), ("mug 1", "desk 1")])
     goal = {"object": "pen", "count": 1, "verb": None, "place": "drawer", "lamp": None}
-    # one that is open to view, by the order of the places; an object at two places is named once
-    assert locate(goal, house) == ([("pen 3", "desk 1")], ["desk 1"], "drawer 1")
-    # of two, the one that lies at a drawer stays there
-    things, route, target = locate(goal | {"count": 2}, house)
-    assert (things, route, target) == ([("pen 3", "desk 1"), ("pen 1", "drawer 2")], ["desk 1"], "drawer 2")
-    # a lamp beside the object rather than another
-    look = goal | {"place": None, "lamp": "desklamp", "object": "mug"}
-    assert locate(look, house) == ([("mug 1", "desk 1"), ("desklamp 1", "desk 1")], ["desk 1"], None)
+    games = [{"id": f"game {n}"} for n in range(60)]
+    # any that is open to view and any drawer, but always the same in the same game
+    drawn = [locate(game, goal, house) for game in games]
+    assert drawn == [locate(game, goal, house) for game in games]
+    assert {tuple(things) for things, _, _ in drawn} == {
+        (("pen 2", "desk 2"),), (("pen 3", "desk 1"),), (("pen 3", "safe 1"),)}
+    assert {target for _, _, target in drawn} == {"drawer 1", "drawer 2"}
+    assert all(route == [things[0][1]] for things, route, _ in drawn)
+    for game in games:
+        # of two, the one that lies at a drawer stays there
+        things, route, target = locate(game, goal | {"count": 2}, house)
+        assert things[1:] == [("pen 1", "drawer 2")] and len(route) == 1 and target == "drawer 2"
+        # a lamp beside the object rather than another
+        look = goal | {"place": None, "lamp": "desklamp", "object": "mug"}
+        assert locate(game, look, house) == ([("mug 1", "desk 1"), ("desklamp 1", "desk 1")], ["desk 1"], None)
     # a search starts where a pen may lie and what is open to view, and leaves the target out
     route, target, lamps = search_route(goal, house)
     assert route == ["desk 1", "desk 2", "drawer 2", "safe 1"] and target == "drawer 1"
