@@ -3,7 +3,7 @@ ALFWorld's own games on two cores: a language model of 1.5 million parameters, m
 
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
   python examples/alfworld_small.py --fast              a quarter of an hour on one core: shows that it runs
-  python examples/alfworld_small.py                     about two hours on 2 cores
+  python examples/alfworld_small.py                     an hour and a half on 2 cores
   python examples/alfworld_small.py --seeds 0 1 2       three seeds, pooled
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was.
