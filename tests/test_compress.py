@@ -216,7 +216,8 @@ def test_cached_steps_are_re_read_steps(tmp_path, family, kind):
     (again * target).sum().backward()
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(cached[name], parameter.grad, rtol=1e-3, atol=1e-4)
+            difference = (cached[name] - parameter.grad).norm()  # of the whole tensor: its small numbers are
+            assert difference < 1e-4 * parameter.grad.norm(), name  # sums of large ones, rounded differently
     assert {"start", "bridge.weight", "norm.weight"} <= cached.keys()
 
 
