@@ -818,14 +818,12 @@ def self_check(lm):
 
 
 @torch.inference_mode()
-def holes_allowed(lm, length=2**31):
+def holes_allowed(lm):
     """True if a later turn may be read into the cache of the earlier ones while samples of a batch wait
     for each other: masked columns in the middle, which position ids skip. False where a family counts
-    columns (MPT's alibi, sliding windows shorter than `length`), keeps a recurrent state, or reads no
-    second turn."""
-    for layer in new_cache(lm).layers:
-        if getattr(layer, "is_sliding", False) and layer.sliding_window < length:
-            return False
+    columns (MPT's alibi, sliding windows), keeps a recurrent state, or reads no second turn."""
+    if any(getattr(layer, "is_sliding", False) for layer in new_cache(lm).layers):
+        return False
     ids, embeds = some_embeds(lm, 1, 42)
     mask = torch.ones_like(ids)
     mask[0, 5:37] = 0  # a turn of 5 tokens, a hole, a turn of 3 tokens, two decoded ones
