@@ -1,12 +1,14 @@
 """examples/alfworld_small.py on six small made games: every stage through its script, and what is written."""
+import json
 import os
 
 import pytest
+import torch
 
 from alfworld_fixture import make_games
-from common import read_json
+from common import read_json, write_text
 from examples import alfworld_small
-from model import load_tokenizer, open_shards
+from model import load_tokenizer, open_shards, write_shard
 
 pytest.importorskip("alfworld")
 pytestmark = pytest.mark.long
@@ -47,6 +49,23 @@ def test_the_sender_knows_the_place_and_the_actor_does_not(small):
         assert "You have seen" not in episode["first_turn"] and episode["message_length"] > 0
 
 
+@pytest.mark.parametrize("said, learned", [("1112", "012"), ("1222", "0123")])
+def test_an_actor_learns_from_what_its_message_says(tmp_path, said, learned):
+    """Every demonstration opens drawer 1: kept are the games whose sender says so, or all where hardly one does."""
+    plan = "take mug 1 from desk 1, put it in drawer {}."
+    latents = {str(n): torch.zeros(3, 4) for n in range(4)}
+    records = {}
+    for n, drawer in enumerate(said):
+        words = plan.format(drawer).replace(",", " ,").replace(".", " .")  # as the tokenizer decodes it
+        records[str(n)] = {"task": "", "plan": words, "plan_token_ids": [0, 0, 0]}
+    os.makedirs(tmp_path / "base_train")
+    write_shard(f"{tmp_path}/base_train/latents-rank00000-00000.safetensors", latents, records, {"hidden_size": 4})
+    lines = [json.dumps({"id": str(n), "plan": plan.format(1)}) for n in range(4)]
+    write_text(f"{tmp_path}/train_direct.jsonl", "\n".join(lines))
+    alfworld_small.write_told(str(tmp_path), "base")
+    assert "".join(record["id"] for record in read_json(f"{tmp_path}/base_told.json")) == learned
+
+
 def test_no_word_of_the_games_is_unknown(small):
     seed = f"{small}/seed0"
     tokenizer = load_tokenizer(f"{seed}/tokenizer")
@@ -59,7 +78,6 @@ def test_no_word_of_the_games_is_unknown(small):
 
 def test_a_language_model_goes_on_after_a_kill(small, tmp_path, monkeypatch):
     """The same weights as of the run that nobody killed."""
-    import torch
     from model import load_lm
     os.makedirs(tmp_path / "seed")
     for name in ("train_direct.jsonl", "train_search.jsonl"):
