@@ -3,7 +3,7 @@ ALFWorld's own games on two cores: a language model of 1.5 million parameters, m
 
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
   python examples/alfworld_small.py --fast              a quarter of an hour on one core: shows that it runs
-  python examples/alfworld_small.py                     an hour and a half on 2 cores
+  python examples/alfworld_small.py                     two hours on 2 cores
   python examples/alfworld_small.py --seeds 0 1 2       three seeds, pooled
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was.
@@ -311,7 +311,8 @@ def report(out, results, sizes, seconds):
     hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
     write_json(f"{out}/alfworld.json", {"command": " ".join(sys.argv), "machine": machine, "hours": hours,
                                         "sizes": sizes, "seconds": seconds, "pooled": tables, "seeds": results})
-    print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
+    print(f"\nhours by seed, the making of the two language models not counted: {hours}\n"
+          f"wrote {out}/alfworld.json and {out}/alfworld.png")
 
 
 @one_line_errors("alfworld_small.py")
