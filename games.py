@@ -303,11 +303,11 @@ def facts_of(facts, name):
     return sorted(tuple(v.name.strip() for v in fact.arguments) for fact in facts if fact.name == name)
 
 
-def places_of(facts):
+def places_of(facts, order=lambda place: (kind(place), number(place))):
     """All places of a house, those open to view first -> ["desk 1", "shelf 1", "shelf 2", ..., "drawer 1"]."""
     closed = closed_places(facts)
     names = [place for place, _ in facts_of(facts, "receptacleatlocation")]
-    return sorted(names, key=lambda place: (place in closed, kind(place), number(place)))
+    return sorted(names, key=lambda place: (place in closed, order(place)))
 
 
 def closed_places(facts):
@@ -321,8 +321,7 @@ def locate(task, goal, facts):
     to fetch an object from, the target is where to put it. Of two objects one may lie at such a place already:
     it stays, and the other is put beside it. Where several places would do, the game's id draws one: if it were
     always the first, room and task would tell most of a plan, and an actor learned to guess instead of reading."""
-    closed = closed_places(facts)
-    order = sorted(places_of(facts), key=lambda place: (place in closed, seed_for("place", task["id"], place)))
+    order = places_of(facts, lambda place: seed_for("place", task["id"], place))
     things = facts_of(facts, "inreceptacle")
     targets = [place for place in order if kind(place) == goal["place"]]
     target = targets[0] if targets else None

@@ -8,7 +8,7 @@ import torch
 from alfworld_fixture import make_games
 from common import read_json, write_text
 from examples import alfworld_small
-from model import load_tokenizer, open_shards, write_shard
+from model import load_lm, load_tokenizer, open_shards, write_shard
 
 pytest.importorskip("alfworld")
 pytestmark = pytest.mark.long
@@ -78,7 +78,6 @@ def test_no_word_of_the_games_is_unknown(small):
 
 def test_a_language_model_goes_on_after_a_kill(small, tmp_path, monkeypatch):
     """The same weights as of the run that nobody killed."""
-    from model import load_lm
     os.makedirs(tmp_path / "seed")
     for name in ("train_direct.jsonl", "train_search.jsonl"):
         os.symlink(f"{small}/seed0/{name}", tmp_path / "seed" / name)
