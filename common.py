@@ -4,14 +4,18 @@ What every script needs and the method does not.
     1. errors and flags     a user's mistake is one line and exit code 2
     2. files                every write is atomic
     3. processes, numbers   who this process is, progress, seeds, intervals
-    4. checkpoints          checkpoint-N, from which a killed run continues
-    5. log and pictures     loss_log.csv, curves, bars
+    4. a training run       checkpoint-N, from which a killed run continues; loss_log.csv
+    5. pictures             curves, bars
 """
 import argparse
 import contextlib
 import csv
+import fcntl
 import functools
+import glob
+import gzip
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -22,6 +26,7 @@ import signal
 import sys
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -33,15 +38,36 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what was expected and what was there. Scripts exit
     with code 2."""
 
-    def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # one line, whatever was read
+    def __init__(self, text):
+        super().__init__(" ".join(text.split()))  # one line, whatever was read
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports a wrong flag in one line, without the page of usage before it."""
+    """argparse with a line per flag, and a wrong flag reported in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.heading = self
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def group(self, title):
+        """The heading in --help of the flags that follow."""
+        self.heading = self.add_argument_group(title)
+
+    def flag(self, name, default, help, **options):
+        """A flag (or several names for it) whose default tells its type: False -> true|false, 8 -> an integer of
+        at least 1, 0 -> any integer. `...` as the default: the flag must be given."""
+        if default is ...:
+            options["required"] = True
+        elif isinstance(default, bool):
+            options.setdefault("type", boolean)
+        elif isinstance(default, (int, float)):
+            options.setdefault("type", positive if isinstance(default, int) and default > 0 else type(default))
+        if default not in (..., None, "") and "default" not in help:
+            help += " (default: %(default)s)"
+        self.heading.add_argument(*name.split(), default=None if default is ... else default, help=help, **options)
 
 
 def boolean(text):
@@ -58,13 +84,6 @@ def positive(text):
     return int(text)
 
 
-def share(text):
-    """argparse type of shares: a number above 0, up to 1."""
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, found {text}")
-    return float(text)
-
-
 def json_object(text):
     """argparse type of --chat_template_kwargs: a JSON object."""
     try:
@@ -73,30 +92,35 @@ def json_object(text):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {text}") from None
 
 
+def load_object(spec, flag):
+    """"module:name" of a module that can be imported here -> the object: a user's game, grader, adapter."""
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UserError(f"{flag} {spec} cannot be loaded as module:name: {error}") from error
+
+
 def one_line_errors(prog):
     """Decorator of a script's main: a user's mistake becomes one line on stderr and exit code 2."""
     def decorate(main):
         @functools.wraps(main)
         def wrapped(argv=None):
-            handler = signal.getsignal(signal.SIGTERM)
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
             try:
                 return main(argv)
-            except BrokenPipeError:  # `| head` has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                code, message = 1, "the reader of the output is gone"
             except KeyboardInterrupt:
-                code, message = 130, "stopped by Ctrl-C; what is on disk stays, the same command continues"
+                code, text = 130, "stopped by Ctrl-C; what is on disk stays, the same command continues"
             except (UserError, OSError) as error:  # OSError: no permission, too many files, ...; it names the file
-                code, message = 2, f"error: {error}"
-            except RuntimeError as error:  # gloo, when another rank has ended
-                if "losed by peer" not in str(error) and "reset by peer" not in str(error):
-                    raise
-                code, message = 1, f"rank {this_rank()[0]} stops because another rank did; see its message"
+                code, text = 2, f"error: {error}"
             finally:
-                signal.signal(signal.SIGTERM, handler)
-            for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # else the message would stand behind it
-            sys.stderr.write(f"{prog}: {message}\n")
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+                while LOCKS:
+                    os.close(LOCKS.popitem()[1])
+            tqdm.write(f"{prog}: {text}", file=sys.stderr)  # above a bar, not behind it
             raise SystemExit(code)
         return wrapped
     return decorate
@@ -108,14 +132,20 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-SIGTERM_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+STOP_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
 
-def catch_sigterm():
-    """How clusters preempt -> a list that is no longer empty once SIGTERM came. main's decorator undoes
-    it."""
+def catch_stop():
+    """SIGTERM, by which clusters preempt, and the first Ctrl-C -> a list that is no longer empty once one of them
+    came. main's decorator undoes it."""
     asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+
+    def handler(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one does not wait
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
     return asked
 
 
@@ -124,10 +154,8 @@ def catch_sigterm():
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Write to a temporary name, fsync, rename: a killed run leaves the old file or the new one, never
-    half of one.
-
-    Works for files and directories. Raises UserError where the disk refuses."""
+    """Write a file or directory to a temporary name, fsync, rename: a killed run leaves the old one or the new
+    one, never half of one. Raises UserError where the disk refuses."""
     temporary = f"{path}.tmp{os.getpid()}"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
@@ -141,8 +169,7 @@ def atomic_path(path):
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
     except Exception as error:
-        # a full disk speaks differently through each library: tokenizers raise an Exception, torch.save
-        # a RuntimeError
+        # a full disk: tokenizers raise an Exception of it, torch.save a RuntimeError
         known = isinstance(error, (OSError, SafetensorError))
         if not known and not re.search("os error|PytorchStream|unexpected pos", str(error)):
             raise
@@ -172,9 +199,8 @@ def sync(path):
 
 
 def write_text(path, text):
-    with atomic_path(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_json(path, value):
@@ -182,11 +208,12 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Parse .json or .jsonl (a list of records). Raises UserError with the file and the line."""
-    number = None
+    """Parse .json, or .jsonl and .ndjson (a list of records), all of them also with .gz. Raises UserError with
+    the file and the line."""
+    number, read = None, gzip.open if path.endswith(".gz") else open
     try:
-        with open(path, encoding="utf-8") as file:
-            if not path.endswith(".jsonl"):
+        with read(path, "rt", encoding="utf-8") as file:
+            if not path.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
                 return json.load(file)
             records = []
             for number, line in enumerate(file, 1):
@@ -201,20 +228,63 @@ def read_json(path):
 
 
 def fingerprint(path):
-    """16 hex digits of a local model's files; None for a hub id. Weights trained anew into a directory
-    are others."""
-    if not os.path.isdir(path):
+    """16 hex digits of what a file or a folder holds; None for a hub id or no path. Of weights and shards both
+    ends are read, which any training step changes; of folders inside a folder names and sizes."""
+    if not path or not os.path.exists(path):
         return None
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(path)):
-        if name != "config.json" and not name.endswith((".safetensors", ".bin")):
+    for name in sorted(glob.glob("**", root_dir=path, recursive=True)) or [""]:  # "": path is a file
+        file_path = os.path.join(path, name) if name else path
+        if not os.path.isfile(file_path) or ".tmp" in name or name.endswith((".csv", ".png")):
             continue
-        with open(os.path.join(path, name), "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            for start in (0, max(0, size - 2**20)):  # of a large file both ends: any training step changes them
-                file.seek(start)
-                digest.update(f"{name} {size}".encode() + file.read(2**20))
+        size = os.path.getsize(file_path)
+        digest.update(f"{name} {size}".encode())
+        if os.sep in name:
+            continue
+        with open(file_path, "rb") as file:
+            if name.endswith((".safetensors", ".bin")):
+                digest.update(file.read(2**20))
+                file.seek(max(0, size - 2**20))
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def changed_settings(before, now):
+    """What makes a run another one, in words. now: {flag: value, "contents": {flag: fingerprint of what is at that
+    path}}; before: the same of an earlier run."""
+    names = [f"--{name}" for name in now if name != "contents" and before.get(name) != now[name]]
+    contents = before.get("contents", {})
+    names += [f"file or folder at --{name}" for name, value in now["contents"].items() if contents.get(name) != value]
+    return ", ".join(names)
+
+
+def check_output(flag, output, inputs):
+    """Raises UserError where an output folder is one of the inputs' folders, or lies in a folder that is an
+    input: no output may eat an input."""
+    output = os.path.realpath(output)
+    for path in filter(None, inputs):
+        folder = os.path.realpath(path)
+        inside = os.path.isdir(folder) and (output + os.sep).startswith(folder + os.sep)
+        if inside or os.path.isfile(folder) and os.path.dirname(folder) == output:
+            raise UserError(f"{flag} {output} is where the input {path} is: give a folder of its own")
+
+
+LOCKS = {}  # {folder: its descriptor}, until main ends
+
+
+def lock(directory):
+    """Make a folder of output this process's alone, before a model is loaded. A killed run leaves no lock."""
+    os.makedirs(directory, exist_ok=True)
+    if directory in LOCKS:
+        return
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"{directory} cannot be written to: give another folder")
+    LOCKS[directory] = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(LOCKS[directory], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another run is writing to {directory}: wait for it, or give another folder") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,28 +297,19 @@ def this_rank():
     return rank, world, device
 
 
-class progress(tqdm):
-    """tqdm: a bar on a terminal, in a log file a line every ten seconds, nothing for ranks above 0."""
-    monitor_interval = 0  # no thread that writes the same line again while nothing moves
+def progress(iterable=None, rank=0, **options):
+    """A tqdm bar of rank 0; in a log file a line every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(iterable, disable=rank > 0, mininterval=interval, **options)
 
-    def __init__(self, iterable=None, rank=0, **kwargs):
-        terminal = sys.stderr.isatty()
-        super().__init__(iterable, disable=rank > 0, mininterval=0.1 if terminal else 10, miniters=1,
-                         delay=0 if terminal else 1, **kwargs)
 
-    @staticmethod
-    def status_printer(file):
-        if file.isatty():
-            return tqdm.status_printer(file)
-        return lambda text: text and print(text, file=file, flush=True)
-
-    @classmethod
-    def write(cls, text, file=None, **kwargs):
-        """A line above the bar; in a log file just the line."""
-        if sys.stderr.isatty():
-            super().write(text, file, **kwargs)
-        else:
-            print(text, file=file, flush=True)
+def all_reduce_sum(values, device):
+    """{name: number} of each rank -> the sums over all ranks."""
+    if not dist.is_initialized():
+        return values
+    totals = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return dict(zip(values, totals.tolist()))
 
 
 def memory_gb(device):
@@ -277,9 +338,7 @@ def wilson_interval(successes, n, z=1.96):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Checkpoints: OUTPUT/checkpoint-N holds the model, optimizer.pt and trainer_state.json; any number
-# of ranks, with and without FSDP2, can go on from it. OUTPUT itself becomes the best of them, or the
-# last, when the run is over.
+# 4. A training run
 
 NOT_THE_MODEL = ("optimizer.pt", "trainer_state.json")
 
@@ -291,110 +350,131 @@ def checkpoints(directory):
     return sorted((int(m[1]), os.path.join(directory, m[0])) for m in matches if m)
 
 
-def latest_checkpoint(output_dir, resume):
-    """--resume auto, never or a path -> the checkpoint to continue from, or None."""
-    if resume == "auto":
-        saved = checkpoints(output_dir)
-        return saved[-1][1] if saved else None
-    return None if resume == "never" else resume
+class Run:
+    """The files of one training run; it knows nothing of models and losses.
 
+        OUTPUT/checkpoint-N/   model, optimizer.pt, trainer_state.json: a killed run goes on from the newest
+        OUTPUT/loss_log.csv    a line per step
+        OUTPUT/                becomes the best model, or the last, when the run is over
 
-def read_state(checkpoint, settings, output_dir):
-    """trainer_state.json of a checkpoint. Raises UserError if it was trained with other settings.
+    `state` is what trainer_state.json holds: step, stopped, settings, best_step, best_eval_loss, bad_evals and
+    whatever the script adds. Raises UserError where settings are not those of the run to continue."""
 
-    settings: the flags that a result depends on. The best model so far stays behind when a run moves to
-    another output_dir, and is then forgotten."""
-    state = read_json(os.path.join(checkpoint, "trainer_state.json"))
-    changed = [name for name in settings if settings[name] != state["settings"].get(name)]
-    if changed:
-        names = ", ".join("--" + name for name in changed)
-        raise UserError(f"{checkpoint} was trained with another {names}: give the same flags, another --output_dir, "
-                        f"or --resume never")
-    if not os.path.isdir(os.path.join(output_dir, f"checkpoint-{state['best_step']}")):
-        state |= {"best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
-    return state
+    def __init__(self, output_dir, settings, resume="auto", rank=0):
+        self.output_dir, self.rank, self.log_file = output_dir, rank, None
+        self.state = {"step": 0, "stopped": False, "settings": settings,
+                      "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
+        saved = checkpoints(output_dir) if resume == "auto" else []
+        self.checkpoint = saved[-1][1] if saved else None
+        if self.checkpoint:
+            self.state = read_json(os.path.join(self.checkpoint, "trainer_state.json"))
+            changed = changed_settings(self.state["settings"], settings)
+            if changed:
+                raise UserError(f"{self.checkpoint} was trained with another {changed}: give the same flags, "
+                                f"another --output_dir, or --resume never")
 
+    def is_over(self, max_steps, patience=0):
+        """True where nothing is left to do. trainer_state.json is written last of all. A finished run goes on if
+        its max_steps was raised."""
+        state = self.state
+        state["stopped"] = state["step"] >= max_steps or 0 < patience <= state["bad_evals"]
+        over = state["stopped"] and os.path.exists(os.path.join(self.output_dir, "trainer_state.json"))
+        if over and self.rank == 0:
+            print(f"{self.output_dir} is finished ({state['step']} steps); a larger --max_steps continues it")
+        return over
 
-def prepare_output(output_dir, checkpoint):
-    """Before the first step: half-written files of a killed run go, and all of an old run that is not
-    continued."""
-    os.makedirs(output_dir, exist_ok=True)
-    for name in os.listdir(output_dir):
-        if ".tmp" in name:
-            remove(os.path.join(output_dir, name))
-    if checkpoint is None:
-        remove(os.path.join(output_dir, "trainer_state.json"))
-        for _, path in checkpoints(output_dir):
-            remove(path)
+    def clear(self):
+        """Before the first step: half-written files of a killed run go, and all of an old run that is not
+        continued."""
+        if self.rank > 0:
+            return
+        for name in os.listdir(self.output_dir):
+            if ".tmp" in name:
+                remove(os.path.join(self.output_dir, name))
+        remove(os.path.join(self.output_dir, "trainer_state.json"))
+        if self.checkpoint is None:
+            for _, path in checkpoints(self.output_dir):
+                remove(path)
 
+    def log(self, record):
+        """A line of loss_log.csv. The first record names the columns; lines that came after the checkpoint
+        are run, and logged, again."""
+        if self.log_file is None:
+            path, columns, kept = os.path.join(self.output_dir, "loss_log.csv"), list(record), []
+            if self.checkpoint and os.path.exists(path):
+                with open(path) as file:
+                    for row in csv.DictReader(file):
+                        if row[columns[-1]] and int(row["step"]) < record["step"]:  # a torn line lacks its end
+                            kept.append(row)
+            with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(kept)
+            self.log_file = open(path, "a", newline="")
+            self.writer = csv.DictWriter(self.log_file, columns)
+        self.writer.writerow(record)
+        self.log_file.flush()
 
-def save_checkpoint(directory, rank, model, write_model, optimizer, state):
-    """One atomic directory. All ranks must call it, because FSDP2 puts the shards together; rank 0 writes.
+    def note_eval(self, eval_loss, patience):
+        """Keep the books of an evaluation -> whether it is the best so far. patience > 0: so many without a
+        new best stop the run."""
+        state, is_best = self.state, eval_loss < self.state["best_eval_loss"]
+        state["bad_evals"] = 0 if is_best else state["bad_evals"] + 1
+        if is_best:
+            state |= {"best_step": state["step"], "best_eval_loss": eval_loss}
+        state["stopped"] |= 0 < patience <= state["bad_evals"]
+        return is_best
 
-    write_model(path, state_dict) gets {name: whole tensor on the CPU}."""
-    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                         get_optimizer_state_dict)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
-    if rank == 0:
+    def save(self, model, write_model, optimizer, keep):
+        """checkpoint-N in one atomic step -> its path; then all but the newest `keep` and the best go.
+
+        All ranks must call it, because FSDP2 puts the shards together; rank 0 writes.
+        write_model(path, state_dict) gets {name: whole tensor on the CPU}."""
+        from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                             get_optimizer_state_dict)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
+        directory = os.path.join(self.output_dir, f"checkpoint-{self.state['step']}")
+        if self.rank > 0:
+            return directory
         names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         with atomic_path(directory) as temporary:
             # named_parameters names a tied head once, so it is not stored twice
             write_model(temporary, {name: tensor for name, tensor in weights.items() if name in names})
             torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
-            write_json(os.path.join(temporary, "trainer_state.json"), state)
+            write_json(os.path.join(temporary, "trainer_state.json"), self.state)
+        for step, path in checkpoints(self.output_dir)[:-keep]:
+            if step != self.state["best_step"]:
+                remove(path)
+        return directory
 
+    def load_optimizer(self, model, optimizer):
+        """Each rank maps the checkpoint's optimizer.pt into memory and takes its part."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        path = os.path.join(self.checkpoint, "optimizer.pt")
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
 
-def load_optimizer(model, optimizer, checkpoint):
-    """Each rank maps optimizer.pt into memory and takes its part."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    path = os.path.join(checkpoint, "optimizer.pt")
-    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
-
-
-def prune_checkpoints(output_dir, keep, best_step):
-    """Keep the newest `keep` checkpoints and the best. Only after a new one is on disk."""
-    for step, path in checkpoints(output_dir)[:-keep]:
-        if step != best_step:
-            remove(path)
-
-
-def publish_model(output_dir, state):
-    """The output directory itself becomes the best model, or the last where nothing was held out -> its
-    checkpoint.
-
-    trainer_state.json is written last of all: who finds it there knows that the run is over."""
-    source = os.path.join(output_dir, f"checkpoint-{state['best_step'] or state['step']}")
-    for name in sorted(os.listdir(source)):
-        if name not in NOT_THE_MODEL:
-            with atomic_path(os.path.join(output_dir, name)) as temporary:
-                shutil.copy(os.path.join(source, name), temporary)
-    write_json(os.path.join(output_dir, "trainer_state.json"), state)
-    return source
+    def publish(self, curves, ylabel):
+        """OUTPUT becomes the best model, or the last where nothing was held out -> its checkpoint. curves:
+        the columns of loss_log.csv that loss_curve.png shows."""
+        if self.log_file is not None:
+            self.log_file.close()
+        plot_curves(os.path.join(self.output_dir, "loss_log.csv"),
+                    os.path.join(self.output_dir, "loss_curve.png"), curves, ylabel)
+        step = self.state["best_step"] or self.state["step"]
+        source = os.path.join(self.output_dir, f"checkpoint-{step}")
+        for name in sorted(os.listdir(source)):
+            if name not in NOT_THE_MODEL:
+                with atomic_path(os.path.join(self.output_dir, name)) as temporary:
+                    shutil.copy(os.path.join(source, name), temporary)
+        write_json(os.path.join(self.output_dir, "trainer_state.json"), self.state)
+        return source
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Log and pictures
-
-def open_log(path, columns, step):
-    """loss_log.csv up to `step` -> (file, writer): what came after the checkpoint is run, and logged,
-    again."""
-    kept = []
-    if step and os.path.exists(path):
-        with open(path) as file:
-            for row in csv.DictReader(file):
-                if row[columns[-1]] and int(row["step"]) <= step:  # a line that a kill tore lacks its last field
-                    kept.append(row)
-    with atomic_path(path) as temporary:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(kept)
-    file = open(path, "a", newline="")
-    return file, csv.DictWriter(file, columns)
-
+# 5. Pictures
 
 def save_figure(figure, path):
     """Write a matplotlib figure as PNG, atomically."""

@@ -6,20 +6,18 @@ states H = [h_1 ... h_L], one per plan token. An *actor* LLM takes them as input
 <bop> and <eop>, at the end of the first human turn, and then acts. Read in this order:
 
     1. adapter        H (L, d_s) -> a message (L, d_a) in the actor's embedding space
-    2. insertion      ids and latents of some samples -> one padded batch of input embeddings
+    2. insertion      ids and states of some samples -> one padded batch of input embeddings
     3. losses         task, plan similarity, separation; logits only where a label is, chunk by chunk
     4. actor          LM + adapter
-    5. latent sender  the student that says it in K latent steps
-    6. messages       latent shards on disk
-    7. Hugging Face   what we ask of a model and its tokenizer: load, template, logits, cache
+    5. latent sender  the student that says it in K latent steps, and what it learns from
+    6. messages       states on disk
 """
-import datetime
 import functools
 import glob
+import itertools
 import json
 import math
 import os
-import re
 
 import torch
 import torch.nn as nn
@@ -28,16 +26,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
-                          PreTrainedTokenizerFast)
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import logging as hf_logging
 
-from common import UserError, atomic_path, read_json, write_json
+from common import UserError, atomic_path, load_object, read_json, write_json
+from hf import (DTYPES, decoder_states, embedding_rms, lm_logits, load_lm, load_tokenizer, new_cache,
+                word_embeddings)
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
-ADAPTER_FORMAT = 2  # of latent_adapter.json
+LATENT = -1  # in a sample's ids: a place that a latent takes
+ADAPTER_FORMAT = 3  # of latent_adapter.json
+SHARD_FORMAT = 1  # of the shards
+HEADER_LIMIT = 2**26  # bytes of a shard's header: above 100 MB no library opens it
 
 # ------------------------------------------------------------------------------------------------
 # 1. Adapter: sender states -> actor embeddings
@@ -69,9 +67,9 @@ class HiddenStateProcessor(nn.Module):
     the actor's words.
 
     `output_scale` starts at (RMS of the actor's word embeddings) / scale: the LayerNorm before it gives
-    RMS 1, so a message starts as loud as a word. The released code fixes 0.1, which is this for Qwen's
-    table only. An adapter of your own takes L states and gives L vectors; its arguments are kept in
-    latent_adapter.json."""
+    RMS 1, so a message starts as loud as a word. The released code starts at 0.1, which is right for
+    word embeddings of RMS 0.02, as Qwen's are. An adapter of your own (train_actor.py --adapter
+    module:Class) takes the same arguments and L states, and gives L vectors."""
 
     def __init__(self, sender_dim, dim, num_heads=8, dropout=0.1, scale=0.2, output_scale=0.1):
         super().__init__()
@@ -95,65 +93,67 @@ class HiddenStateProcessor(nn.Module):
 
 def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
     """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of
-    `after`.
+    `after` -> {"input_ids", "labels", "latents"}.
 
     The curriculum: the first floor(ratio * L) positions of the message carry the plan's words, the rest
-    latents:
+    latents, whose places are marked in the ids (x is LATENT, -1):
 
-        L = 5, ratio = 0.4 -> [p1 p2 h3 h4 h5]      ratio = 0: all latents      ratio = 1: the plan as text
+        L = 5, ratio = 0.4      message    p1 p2 h3 h4 h5
+                                input_ids  b  b  p1 p2 x  x  x  a  a       b: before, a: after
+        ratio = 0: all latents; ratio = 1: the plan as text; no plan and no latents: no message
 
     The paper's order; the released code has it the other way round and never reaches ratio 0, the pure
     latent message that evaluation uses. Where sender and actor split the plan differently, each part is
-    cut at its share of its length. No plan and no latents: no message.
-
-    In the result `n_replaced` counts the states that words replace, and `latents_start` is where the
-    states begin, after those words: 2 and len(before) + 2 in the example."""
+    cut at its share of its length."""
     L = 0 if latents is None else len(latents)
-    n_replaced = share_of(ratio, L)
     plan = list(plan_ids)[:share_of(ratio, len(plan_ids))]
-    message = plan + [0] * (L - n_replaced)  # any id: latents take these places in `LatentActor.embed`
+    message = plan + [LATENT] * (L - share_of(ratio, L))
     return {"input_ids": before + message + after,
             "labels": [-100] * len(before + message) + labels,
-            "latents_start": len(before) + len(plan),
-            "message_length": len(message),
-            "latents": latents,
-            "n_replaced": n_replaced}
+            "latents": latents}
 
 
 def share_of(ratio, length):
-    """floor(ratio * length), where 0.7 * 10 may be a little more than 7 and other products a little
-    less."""
+    """floor(ratio * length), where 0.7 * 10 may be a little more than 7 and other products a little less."""
     return math.floor(ratio * length + 1e-9)
 
 
 def collate(samples, device="cpu", padding_side="right"):
-    """Samples -> input_ids, attention_mask, labels, message_mask (B, T) and, where some sample has
-    latents, latents (B, L, d_s), latents_mask (B, L) of those that are real and keep_mask (B, L) of
-    those inserted."""
-    batch = {"input_ids": [], "attention_mask": [], "labels": [], "message_mask": []}
+    """Samples -> a batch {name: tensor}, padded to the longest. Of the sample above and a shorter one:
+
+        input_ids       b  b  p1 p2 0  0  0  a  a     attention_mask  1  1  1  1  1  1  1  1  1
+                        b  x  x  a  .  .  .  .  .                     1  1  1  1  0  0  0  0  0
+        message_mask    0  0  0  0  1  1  1  0  0     where latents go, (B, T)
+                        0  1  1  0  0  0  0  0  0
+        latents         h1 h2 h3 h4 h5                (B, L, d_s), fp32; the adapter reads all real ones
+                        h1 h2 .  .  .
+        latents_mask    1  1  1  1  1                 real ones, (B, L)
+                        1  1  0  0  0
+        keep_mask       0  0  1  1  1                 of these, what is inserted
+                        1  1  0  0  0
+
+    labels (B, T) are -100 where there is nothing to learn. The last three are there if some sample has
+    latents."""
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
     for sample in samples:
-        t = len(sample["input_ids"])
-        first = sample["latents_start"]
-        message_mask = torch.zeros(t, dtype=torch.bool)
-        if sample["latents"] is not None:
-            message_mask[first:first + len(sample["latents"]) - sample["n_replaced"]] = True
         batch["input_ids"].append(torch.tensor(sample["input_ids"]))
-        batch["attention_mask"].append(torch.ones(t, dtype=torch.long))
+        batch["attention_mask"].append(torch.ones(len(sample["input_ids"]), dtype=torch.long))
         batch["labels"].append(torch.tensor(sample["labels"]))
-        batch["message_mask"].append(message_mask)
     fill = {"labels": -100}  # elsewhere 0
     batch = {name: pad_sequence(tensors, batch_first=True, padding_value=fill.get(name, 0),
                                 padding_side=padding_side) for name, tensors in batch.items()}
+    batch["message_mask"] = batch["input_ids"] == LATENT
+    batch["input_ids"] = batch["input_ids"].clamp(min=0)  # any id: latents take these places
     with_latents = [sample["latents"] for sample in samples if sample["latents"] is not None]
     if with_latents:
-        none = with_latents[0][:0]  # (0, d_s): a sample without latents beside others that have some
-        latents = [none if sample["latents"] is None else sample["latents"] for sample in samples]
+        nothing = with_latents[0][:0]  # (0, d_s): a sample without latents beside others that have some
+        latents = [nothing if sample["latents"] is None else sample["latents"] for sample in samples]
         lengths = torch.tensor([len(states) for states in latents])[:, None]  # (B, 1)
-        skips = torch.tensor([sample["n_replaced"] for sample in samples])[:, None]  # (B, 1)
+        n_inserted = batch["message_mask"].sum(1, keepdim=True)  # (B, 1): the last ones of each message
         positions = torch.arange(lengths.max())  # (L,)
         batch["latents"] = pad_sequence([states.float() for states in latents], batch_first=True)
         batch["latents_mask"] = positions < lengths
-        batch["keep_mask"] = (positions < lengths) & (positions >= skips)
+        batch["keep_mask"] = (positions < lengths) & (positions >= lengths - n_inserted)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -195,13 +195,13 @@ def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
 
 
 def actor_loss(logits, targets):
-    """The terms of the actor's loss at n positions -> {name: (n,)}. A loss of your own is one more line
-    here.
+    """The terms of the actor's loss at n positions -> {name: (n,)}. A term of your own is one more line
+    here, and one in train_actor.py, where it gets its weight.
 
-    logits: {"latent": (n, V)} of the sample with its latent message and, without gradient, "plan" with
-    the plan as text and "other" with another task's message. targets: {"labels": (n,)}."""
+    logits: {"sample": (n, V)} of the sample with its message and, without gradient, "plan" with the plan
+    as text and "other" with another task's message. targets: {"labels": (n,)}."""
     log_probs = {name: F.log_softmax(z, dim=-1) for name, z in logits.items()}
-    log_p = log_probs["latent"]
+    log_p = log_probs["sample"]
     terms = {"task": F.nll_loss(log_p, targets["labels"], reduction="none")}
     if "plan" in log_probs:
         terms |= plan_similarity(log_probs["plan"], log_p)
@@ -239,12 +239,6 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     return totals
 
 
-def adaptive_weight(ceiling, loss, scale):
-    """Between ceiling / 10 and ceiling, which is reached where the (detached) loss is `scale`: a term
-    that is satisfied steps back."""
-    return ceiling * min(max(loss / scale, 0.1), 1.0)
-
-
 # ------------------------------------------------------------------------------------------------
 # 4. Actor: LM + adapter
 
@@ -252,8 +246,8 @@ class LatentActor(nn.Module):
     """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message
     baselines.
 
-    `info` is what latent_adapter.json holds: {"message", "plan_announcement", "adapter": {arguments},
-    "sender", ...}."""
+    `info` is what latent_adapter.json holds: {"kind", "plan_announcement", "sender": settings of the
+    messages that it learned, "adapter": {"class", "arguments"}, ...}."""
 
     def __init__(self, lm, tokenizer, adapter=None, info=None):
         super().__init__()
@@ -282,7 +276,7 @@ class LatentActor(nn.Module):
         where H reads the latent message, P the plan as text (plan_batch), N another task's message
         (other_batch)."""
         hidden_states, labels = self.hidden_states(batch)  # (N, D), (N,)
-        branches = {"latent": hidden_states}
+        branches = {"sample": hidden_states}
         with torch.no_grad():
             for name, fixed in (("plan", plan_batch), ("other", other_batch)):
                 if fixed is not None:
@@ -308,31 +302,33 @@ class LatentActor(nn.Module):
         if chat_template_kwargs is None:
             chat_template_kwargs = info.get("chat_template_kwargs")
         tokenizer = load_tokenizer(directory, trust_remote_code, chat_template_kwargs)
-        if info.get("message") == "latent":
-            adapter = HiddenStateProcessor(**info["adapter"])
+        if info.get("kind") == "latent":
+            adapter = make_adapter(info["adapter"])
             load_part(adapter, os.path.join(directory, "latent_adapter.safetensors"))
             adapter.to(device, lm.dtype)
         return cls(lm, tokenizer, adapter, info).eval()
 
 
+def make_adapter(spec):
+    """The "adapter" of latent_adapter.json, {"class": "module:Class", "arguments"} -> one that has learned
+    nothing."""
+    return load_object(spec["class"], "--adapter")(**spec["arguments"])
+
+
 def read_info(directory):
-    """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is not what `save`
-    writes."""
+    """latent_adapter.json of an actor, {} of a plain model. Raises UserError if it is of another format."""
     path = os.path.join(directory, "latent_adapter.json")
-    info = read_json(path) if os.path.exists(path) else {}
-    if isinstance(info, dict) and info.get("message") == "latent":
-        adapter = info.get("adapter")
-        if isinstance(adapter, dict) and isinstance(adapter.get("sender_dim"), int):
-            return info
-    elif isinstance(info, dict):
-        return info
-    raise UserError(f"{path} is not what train_actor.py writes today: expected 'adapter' with 'sender_dim', found "
-                    f"{str(info)[:80]}: train the actor again")
+    if not os.path.exists(path):
+        return {}
+    info = read_json(path)
+    if not isinstance(info, dict) or info.get("format_version") != ADAPTER_FORMAT:
+        raise UserError(f"{path} is not what train_actor.py writes today (format {ADAPTER_FORMAT}), found "
+                        f"{str(info)[:80]}: train the actor again")
+    return info
 
 
 def load_part(module, path):
-    """Load a file of `save`: all parameters of a module but those of its `lm`. Raises UserError if they
-    do not fit."""
+    """Load a file of `save`: all parameters of a module but its lm's. Raises UserError if they do not fit."""
     try:
         missing, unexpected = module.load_state_dict(load_file(path), strict=False)
         missing = [name for name in missing if not name.startswith("lm.")]
@@ -344,24 +340,19 @@ def load_part(module, path):
 
 def part_of(state_dict, prefix):
     """The tensors of one submodule, under the names that it gives them, on the CPU."""
-    part = {}
-    for name, tensor in state_dict.items():
-        if name.startswith(prefix):
-            part[name.removeprefix(prefix)] = tensor.cpu().contiguous()
-    return part
+    return {name.removeprefix(prefix): tensor.cpu().contiguous()
+            for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def add_markers(tokenizer):
-    """Make <bop> and <eop> single tokens -> the ids that are new (none if the tokenizer has them
-    already)."""
+    """Make <bop> and <eop> single tokens -> the ids that are new (none if they are there already)."""
     new = [token for token in (BOP, EOP) if token not in tokenizer.get_vocab()]
     tokenizer.add_tokens([BOP, EOP], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(new)
 
 
 def init_markers(lm, new_ids):
-    """Give new tokens the mean of the tables, in and out; a table grows only if it must (Qwen's has
-    spare places)."""
+    """Give new tokens the mean of the tables, in and out; a table grows only if it must (Qwen's need not)."""
     if not new_ids:
         return
     if max(new_ids) >= lm.get_input_embeddings().weight.shape[0]:
@@ -422,26 +413,98 @@ class LatentSender(nn.Module):
         return sender.to(device, DTYPES[dtype]).eval()
 
 
-def check_student(sender):
-    """Raises UserError where no gradient passes a student's steps: in decoding, Mamba's layers overwrite the
-    state that it needs."""
-    lm = sender.lm
-    ids = torch.ones(1, 2, dtype=torch.long, device=lm.device)
-    try:
-        sender(ids, torch.ones_like(ids), steps=3).sum().backward()
-    except RuntimeError as error:
-        raise UserError(f"{lm.name_or_path or type(lm).__name__} cannot be a student: no gradient passes its "
-                        f"latent steps ({first_line(error)})") from None
-    sender.zero_grad()
+def entropy(lm, hidden_states, chunk_logits=2**22):
+    """Entropy of the next token at each position, in nats. (N, D) -> (N,); no (N, V) is ever in memory."""
+    n = max(1, chunk_logits // lm.get_input_embeddings().weight.shape[0])
+    chunks = []
+    for chunk in hidden_states.split(n):
+        log_p = F.log_softmax(lm_logits(lm, chunk), dim=-1)  # (n, V)
+        chunks.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(chunks)
+
+
+def kl_weights(entropy_silent, entropy_data, owner):
+    """How much surer the data message makes the actor at each position. (N,), (N,), owner (N,) -> (N,).
+
+    w_t = max(Ent_B - Ent_D, 0), clipped at the 0.95 quantile of its sample, so that no position takes it
+    all, and divided by its sample's sum, so that it does not matter which samples share a batch.
+    owner: the sample of each position."""
+    weights = (entropy_silent - entropy_data).clamp(min=0)
+    for b in owner.unique():
+        w = weights[owner == b]
+        w = w.clamp(max=torch.quantile(w, 0.95))
+        weights[owner == b] = w / w.sum().clamp(min=1e-12)  # 0 where the message helps nowhere
+    return weights
+
+
+def compression_loss(logits, targets, temperature):
+    """CE and the weighted KL at n positions -> {name: (n,)}.
+
+    logits: {"student": (n, V), "data": (n, V)} of the actor with the student's and with the full message;
+    targets: {"labels": (n,), "weights": (n,)}. T^2 keeps the gradient's size whatever the temperature."""
+    task = F.cross_entropy(logits["student"], targets["labels"], reduction="none")
+    log_q = F.log_softmax(logits["data"] / temperature, dim=-1)  # (n, V)
+    log_p = F.log_softmax(logits["student"] / temperature, dim=-1)
+    return {"task": task, "kl": temperature**2 * targets["weights"] * kl_divergence(log_q, log_p)}
+
+
+def pooled_message(actor, batch):
+    """Mean of the vectors that the adapter makes of each message: (B, D), fp32."""
+    dtype = next(actor.adapter.parameters()).dtype  # bf16 on CUDA
+    latents = batch["latents"].to(dtype)  # (B, L, d_s)
+    vectors = actor.adapter(latents, batch["latents_mask"]).float()  # (B, L, D)
+    mask = batch["latents_mask"].unsqueeze(-1)
+    return (vectors * mask).sum(1) / mask.sum(1)
+
+
+def compression_terms(actor, batch, data_batch, silent_batch, temperature):
+    """The three terms of the loss -> {"task": summed over labels, "kl" and "align": summed over samples}. The
+    actor reads batch, whose latents carry the gradient, the full message and none; it is frozen."""
+    # labels [[-100 -100 7 8] [-100 9 -100 -100]] -> owner [0 0 1], the sample of each position
+    owner = (batch["labels"][:, 1:] != -100).nonzero()[:, 0]  # (N,)
+    with torch.no_grad():
+        data_states, _ = actor.hidden_states(data_batch)  # (N, D)
+        silent_states, _ = actor.hidden_states(silent_batch)
+        weights = kl_weights(entropy(actor.lm, silent_states), entropy(actor.lm, data_states), owner)
+        pooled_data = pooled_message(actor, data_batch)  # (B, D)
+    hidden_states, labels = actor.hidden_states(batch)
+    loss_fn = functools.partial(compression_loss, temperature=temperature)
+    terms = head_loss(actor.lm, {"student": hidden_states, "data": data_states}, loss_fn,
+                      {"labels": labels, "weights": weights})
+    cosine = F.cosine_similarity(pooled_message(actor, batch), pooled_data, dim=-1)  # (B,)
+    return {**terms, "align": (1 - cosine).sum()}
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. Messages on disk
 
+def make_record(task, plan="", plan_token_ids=(), ms=0.0):
+    """What a shard keeps of a message beside its states."""
+    record = {
+        "task": task["task"],
+        "plan": plan,
+        "plan_token_ids": list(plan_token_ids),
+        "sender_ms": round(ms, 3),
+    }
+    return record | {label: task[label] for label in ("type", "level") if label in task}
+
+
+def header_bytes(task_id, record):
+    """About how much a message adds to its shard's header, where JSON stands inside JSON."""
+    return 2 * len(json.dumps({task_id: record})) + 100
+
+
+def free_name(directory, rank=0):
+    """The first shard name that a rank has not used: latents-rank00000-00000.safetensors, ..."""
+    for number in itertools.count():
+        path = os.path.join(directory, f"latents-rank{rank:05d}-{number:05d}.safetensors")
+        if not os.path.exists(path):
+            return path
+
+
 def write_shard(path, latents, records, sender):
-    """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: {task, plan,
-    plan_token_ids, ...}}, sender {model, hidden_size, ...}. Atomic: the name appears only when every
-    byte is on disk."""
+    """One self-contained safetensors file: latents {id: (L, d_s)}, records {id: what `make_record` gives},
+    sender {model, hidden_size, ...}. Atomic: the name appears only when every byte is on disk."""
     metadata = {"records": json.dumps(records), "sender": json.dumps(sender)}
     tensors = {task_id: states.contiguous() for task_id, states in latents.items()}
     with atomic_path(path) as temporary:
@@ -450,11 +513,8 @@ def write_shard(path, latents, records, sender):
 
 
 class LatentShards:
-    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one
-    message, (L, d_s).
-
-    Raises UserError: no shards, a truncated or foreign file, two senders or widths, an id twice, NaN, a
-    missing id."""
+    """The messages of a directory, by task id. Only headers are read up front; shards[id] maps one message,
+    (L, d_s). Raises UserError for a truncated or foreign file, two senders or widths, an id twice."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -505,8 +565,7 @@ class LatentShards:
         return task_id in self.shard_of
 
     def __getitem__(self, task_id):
-        """The message of one task, (L, d_s) in the stored dtype. Raises UserError for an unknown id and
-        for NaN."""
+        """The message of one task, (L, d_s) in the stored dtype. Raises UserError for an unknown id and NaN."""
         if task_id not in self.shard_of:
             raise UserError(f"{self.directory} has no message for id {task_id}: run collect.py on this task first")
         path = self.shard_of[task_id]
@@ -536,326 +595,3 @@ def open_shards(directory):
     if not len(shards):
         raise UserError(f"{directory} holds no latent shards: run collect.py with --output_dir {directory}")
     return shards
-
-
-# ------------------------------------------------------------------------------------------------
-# 7. Hugging Face: what we ask of a model and its tokenizer
-
-hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CLOCK = datetime.datetime(2024, 7, 26)  # what a template that writes today's date always writes here
-
-
-def first_line(error):
-    """What a library says, short: its first line, and the next one where that is only a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def load_config(path, trust_remote_code=False):
-    """The model's (text) config, cheap: sizes are checked before any weight is read. Raises UserError."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-    except Exception as error:  # a config that contradicts itself has an error class of its own
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{path} ships code: read it, then give --trust_remote_code true") from None
-        raise UserError(f"no model at {path}: {first_line(error)}") from None
-
-
-def context_length(config):
-    """How many positions a model reads; 2**31 where nothing bounds them. RoPE schemes that change with
-    the longest sample of a batch (longrope, dynamic) are the same for all only up to their original
-    length."""
-    length = getattr(config, "max_position_embeddings", None) or 2**31
-    rope = getattr(config, "rope_parameters", None) or {}
-    for scheme in (rope, *rope.values()):  # one scheme, or one for each type of layer
-        if isinstance(scheme, dict) and scheme.get("rope_type") in ("longrope", "dynamic"):
-            length = min(length, scheme.get("original_max_position_embeddings") or length)
-    return length
-
-
-def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
-    """The model's tokenizer; `chat_template_kwargs` goes into every use of its template. Raises
-    UserError."""
-    try:
-        # a tokenizer saved without a family is loaded as it was saved: AutoTokenizer would take the
-        # model's family's
-        generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
-        tokenizer = loader.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain Exception for a tokenizer.json of a newer format
-        if "untagged enum" in str(error):
-            raise UserError(f"{path}: tokenizer.json is of a newer format: pip install -U transformers tokenizers "
-                            f"({first_line(error)})") from None
-        raise UserError(f"no tokenizer at {path}: {first_line(error)}") from None
-    if len(tokenizer.get_vocab()) < 10:  # what transformers makes of a folder without any tokenizer file
-        raise UserError(f"no tokenizer at {path}: its tokenizer.json or tokenizer.model is missing")
-    if not tokenizer.is_fast:
-        raise UserError(f"{path}: its {type(tokenizer).__name__} does not say where in a text each token ends: "
-                        f"convert it to a tokenizer.json")
-    if chat_template_kwargs is None:
-        chat_template_kwargs = {"enable_thinking": False}
-    tokenizer.chat_template_kwargs = chat_template_kwargs
-    return tokenizer
-
-
-# A clock in a template always shows the same day, or a collection that goes on tomorrow would ask another prompt.
-# Templates see no functions but those of transformers (5.24), so strftime_now is a macro that goes before them:
-# https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py
-STOPPED_CLOCK = "{% macro strftime_now(format) %}{{ format"
-for code in "aAbBcdefFHIjmMpSTxXyYZ":
-    STOPPED_CLOCK += f" | replace('%{code}', '{CLOCK:%{code}}')"
-STOPPED_CLOCK += " }}{% endmacro %}{{ '' }}"
-
-
-def template_text(tokenizer, messages, add_generation_prompt):
-    """The tokenizer's chat template, rendered. Raises UserError without a template, else whatever the
-    template raises."""
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use the Instruct model, or "
-                        f"set tokenizer.chat_template and save it")
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = STOPPED_CLOCK + template
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
-        date_string=f"{CLOCK:%d %b %Y}", **tokenizer.chat_template_kwargs)
-
-
-def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
-    """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises UserError:
-    no model there, a package missing, or (with `check`) a family whose answers would be wrong."""
-    config = load_config(path, trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        lm, report = AutoModelForCausalLM.from_pretrained(
-            path, config=without_dropout(config), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code,
-            output_loading_info=True)
-        lm = lm.to(device).eval()
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
-    if report["missing_keys"]:  # transformers would make them at random
-        raise UserError(f"{path} has no {min(report['missing_keys'])}, which {type(lm).__name__} needs: is it a "
-                        "causal language model, and are all its files there?")
-    if check:
-        self_check(lm)
-    return lm
-
-
-def without_dropout(config):
-    """Sets every dropout and jitter of the model itself to 0, nested configs too: with them a loss
-    depends on how samples are batched. The adapter's dropout stays."""
-    for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            without_dropout(value)
-        elif isinstance(value, float) and re.search("drop|jitter", name):
-            setattr(config, name, 0.0)
-    return config
-
-
-def word_embeddings(lm, most=4096):
-    """What the embedding module gives for some words, evenly over the vocabulary, (n, D) fp32. The module
-    and not its table: Gemma's multiplies by sqrt(D)."""
-    module = lm.get_input_embeddings()
-    V = module.weight.shape[0]
-    ids = torch.arange(0, V, max(1, V // most), device=module.weight.device)
-    with torch.no_grad():
-        return module(ids[None])[0].float()
-
-
-def embedding_rms(lm):
-    """Root mean square of the LM's word embeddings: how loud a word is."""
-    return word_embeddings(lm).pow(2).mean().sqrt().item()
-
-
-# ---- input embeddings -> states -> logits: every script runs a model by decoder_states and lm_logits
-
-def decoder_of(lm):
-    """The module between the input embeddings and the output head: lm.get_decoder() but for the few
-    families where that is the whole model (Llama-4's text model)."""
-    from transformers import PreTrainedModel  # takes as long as torch, and --help needs no model
-    decoder = lm.get_decoder()
-    if decoder is not lm and isinstance(decoder, PreTrainedModel):
-        return decoder
-    return next((child for child in lm.children() if isinstance(child, PreTrainedModel)), decoder)
-
-
-def decoder_layers(lm):
-    """The ModuleList of decoder layers, whatever the family calls it: what FSDP2 and --compile take one
-    at a time. Raises UserError if there is none."""
-    for module in decoder_of(lm).modules():  # from the outside in: a layer's list of experts comes later
-        if isinstance(module, nn.ModuleList):
-            return module
-    raise UserError(f"{type(lm).__name__} has no list of layers: leave --fsdp and --compile false")
-
-
-def new_cache(lm):
-    """The empty cache that transformers makes for the family: windows, recurrent states. When some
-    samples are finished, `cache.reorder_cache(index)` keeps the others."""
-    cache = DynamicCache(config=lm.config)
-    for layer in cache.layers:
-        if hasattr(layer, "update_recurrent_state"):
-            layer.update_recurrent_state = functools.partial(set_recurrent_state, layer)
-    return cache
-
-
-def set_recurrent_state(layer, states, state_idx=0, **kwargs):
-    """Takes the new state of a recurrent layer as it is. transformers 5.24 writes it over the old one, through
-    which a student's gradient has to pass:
-    https://github.com/huggingface/transformers/blob/main/src/transformers/cache_utils.py"""
-    layer.recurrent_states[state_idx] = states
-    layer.is_recurrent_states_initialized[state_idx] = True
-    return states
-
-
-def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
-    """Last hidden states (B, T, D), after the final norm, at T new positions.
-
-    attention_mask (B, past + T) covers what is cached as well: with a mask of T columns the new positions
-    would not see the prompt (a defect of the released collector). Position ids skip what is masked:
-
-        attention_mask 0 0 1 1 1  ->  position_ids 0 0 0 1 2"""
-    T = inputs_embeds.shape[1]
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
-    output = decoder_of(lm)(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                            position_ids=position_ids, cache=cache, use_cache=cache is not None)
-    return output.last_hidden_state
-
-
-class GivenStates(BaseModelOutputWithPast):
-    """A decoder's output that is its last hidden states; what else it may hold (router logits, ...) is
-    None."""
-
-    def __getattr__(self, name):
-        return None if not name.startswith("_") else super().__getattribute__(name)
-
-
-def lm_logits(lm, hidden_states):
-    """Last hidden states (..., D) -> logits (..., V), fp32, by the family's code after its decoder: the
-    head, Gemma-2's cap, the scales of Cohere, Granite and MiniCPM3. So the model itself is run, while
-    its decoder gives back these states."""
-    states, decoder = hidden_states.flatten(0, -2)[None], decoder_of(lm)  # (1, N, D)
-    decoder.forward = lambda *args, **kwargs: GivenStates(last_hidden_state=states)
-    try:
-        # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
-        logits = lm.forward(inputs_embeds=states, use_cache=False).logits  # (1, N, V)
-    finally:
-        del decoder.forward  # the class's own is seen again
-    return logits[0].unflatten(0, hidden_states.shape[:-1]).float()
-
-
-# ---- can this model be used?
-
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # rounding: a tenth of it
-
-
-def check_same(states, expected):
-    """Raises ValueError unless both (1, T, D) are the same but for rounding, which is not the same in each
-    shape of batch: in bf16 it makes 1 or 2 % of a real model's states, where padding that is seen makes
-    40 to 60 %."""
-    if states.shape != expected.shape:
-        raise ValueError(f"shape {tuple(states.shape)} in place of {tuple(expected.shape)}")
-    difference = (states - expected).float().norm(dim=-1)  # (1, T)
-    error = (difference / expected.float().norm(dim=-1)).mean().item()
-    if not error < TOLERANCE[expected.dtype]:  # NaN is not less
-        raise ValueError(f"{error:.1%} off")
-
-
-def some_embeds(lm, batch, length):
-    """Random ids (B, T), always the same, from the middle of the vocabulary (few control tokens are there,
-    no spare ones), and their embeddings (B, T, D)."""
-    V, generator = lm.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
-    ids = torch.randint(V // 4, V // 2, (batch, length), generator=generator).to(lm.device)
-    return ids, lm.get_input_embeddings()(ids)
-
-
-@torch.inference_mode()
-def self_check(lm):
-    """Try on two short samples what the scripts do with a model. Raises UserError in one line that says
-    what this one does not do. No family is named here: any that passes is as good as another."""
-    what = "its decoder can be run by itself"  # what is tried now: the error says it
-    try:
-        ids, embeds = some_embeds(lm, 2, 25)  # (2, 25), (2, 25, D)
-        mask = torch.ones_like(ids)
-        mask[1, :16] = 0  # the second sample is 9 tokens long, padded on the left
-        alone, embeds_alone, mask_alone = ids[1:, 16:], embeds[1:, 16:], mask[1:, 16:]
-        states = decoder_of(lm)(input_ids=alone, use_cache=False).last_hidden_state  # (1, 9, D)
-
-        what = "its embeddings and states are as wide as its config says"
-        widths = {lm.config.get_text_config().hidden_size, embeds.shape[-1], states.shape[-1]}
-        if len(widths) > 1:  # OPT-350m projects its embeddings
-            raise ValueError(f"widths {sorted(widths)}")
-
-        what = "its logits follow from its last hidden states"
-        check_same(lm_logits(lm, states), lm(input_ids=alone, use_cache=False).logits)
-
-        what = "it reads input embeddings as it reads ids, and others than those of words"
-        between = (embeds_alone + embeds_alone.flip(1)) / 2  # (1, 9, D)
-        both = decoder_states(lm, torch.cat([embeds_alone, between]), mask_alone.expand(2, -1))
-        check_same(both[:1], states)
-
-        what = "a sample padded on the left says what it says alone"
-        check_same(decoder_states(lm, embeds, mask)[1:, 16:], states)
-
-        what = "decoding with a cache gives the states of one pass"
-        cache = new_cache(lm)
-        decoded = [decoder_states(lm, embeds[:, :22], mask[:, :22], cache)[1:, -1:]]
-        cache.reorder_cache(torch.tensor([1], device=lm.device))  # the first sample is finished
-        for t in range(22, 25):
-            decoded.append(decoder_states(lm, embeds[1:, t:t + 1], mask[1:, :t + 1], cache))
-        check_same(torch.cat(decoded, dim=1), states[:, -4:])
-
-        what = "training computes what evaluation does"  # noise would change with the batch
-        check_same(decoder_states(lm.train(), embeds_alone, mask_alone), states)
-    except Exception as error:  # whatever a family's code raises when asked for what it does not do
-        name = lm.name_or_path or type(lm).__name__
-        hint = "try bf16 or fp32, or " if lm.dtype == torch.float16 else ""
-        raise UserError(f"{name} cannot be used, because this does not hold: {what} ({first_line(error)}): {hint}"
-                        "--self_check false runs it all the same") from None
-    finally:
-        lm.eval()
-
-
-@torch.inference_mode()
-def holes_allowed(lm):
-    """True if a later turn may be read into the cache of the earlier ones while samples of a batch wait
-    for each other: masked columns in the middle, which position ids skip. False where a family counts
-    columns (MPT's alibi, sliding windows), keeps a recurrent state, or reads no second turn."""
-    if any(getattr(layer, "is_sliding", False) for layer in new_cache(lm).layers):
-        return False
-    ids, embeds = some_embeds(lm, 1, 42)
-    mask = torch.ones_like(ids)
-    mask[0, 5:37] = 0  # a turn of 5 tokens, a hole, a turn of 3 tokens, two decoded ones
-    cache, parts = new_cache(lm), []
-    try:
-        for start, end in ((0, 5), (5, 40), (40, 41), (41, 42)):
-            parts.append(decoder_states(lm, embeds[:, start:end], mask[:, :end], cache))
-        whole = torch.cat([embeds[:, :5], embeds[:, 37:]], dim=1)  # (1, 10, D)
-        expected = decoder_states(lm, whole, torch.ones_like(ids[:, :10]))
-        check_same(torch.cat(parts, dim=1)[:, 37:], expected[:, 5:])
-    except Exception:  # whatever a family raises that reads no second turn
-        return False
-    return True
-
-
-# ---- prompts and tokens
-
-def left_pad(prompts, device="cpu"):
-    """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    masks = [torch.ones_like(prompt) for prompt in ids]
-    padded = [pad_sequence(tensors, batch_first=True, padding_side="left") for tensors in (ids, masks)]
-    return padded[0].to(device), padded[1].to(device)
-
-
-def next_tokens(logits, uniforms=None):
-    """Each prompt's likeliest token, or one drawn with its number in [0, 1) by inverting the CDF, so
-    that a prompt says the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
-    if uniforms is None:
-        return logits.argmax(-1)
-    probabilities = logits.double().softmax(-1)  # (b, V)
-    cdf = probabilities.cumsum(-1)
-    heights = uniforms[:, None] * cdf[:, -1:]  # (b, 1)
-    drawn = torch.searchsorted(cdf, heights, right=True).squeeze(1)
-    return drawn.clamp(max=cdf.shape[1] - 1)

@@ -1,9 +1,9 @@
 """
 Stage 2: the actor learns to read messages: L = L_task + w_sep L_sep + w_align L_align (model.py, 3).
 
-  python train_actor.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --train_file alfworld_sft.json \\
+  python train_actor.py --model_name_or_path Qwen/Qwen2.5-0.5B --train_file alfworld_sft.json \\
       --task_turn 2 --hidden_data messages --output_dir actor
-  torchrun --nproc_per_node 8 train_actor.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --fsdp true \\
+  torchrun --nproc_per_node 8 train_actor.py --model_name_or_path Qwen/Qwen2.5-7B --fsdp true \\
       --gradient_checkpointing true --train_file alfworld_sft.json --task_turn 2 \\
       --hidden_data messages --output_dir actor
 
@@ -11,7 +11,6 @@ The result is the same on any number of GPUs: --global_batch_size is what you se
 --message none train the paper's baselines, CoT (full) and No-CoT. A killed run, started again with the
 same flags, continues from its last checkpoint as if nothing had happened.
 """
-import argparse
 import contextlib
 import functools
 import math
@@ -23,176 +22,132 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (SIGTERM_EXIT, Parser, UserError, boolean, catch_sigterm, json_object, latest_checkpoint,
-                    load_optimizer, memory_gb, one_line_errors, open_log, plot_curves, positive, prepare_output, progress,
-                    prune_checkpoints, publish_model, read_state, save_checkpoint, seed_for, this_rank)
-from data import PLAN_ANNOUNCEMENT, Conversations, another_task, global_batch, split_eval
-from model import (ADAPTER_FORMAT, HiddenStateProcessor, LatentActor, adaptive_weight, add_markers, collate,
-                   context_length, decoder_layers, embedding_rms, init_markers, load_config, load_lm, load_tokenizer,
-                   open_shards)
+from common import (STOP_EXIT, Parser, Run, UserError, all_reduce_sum, catch_stop, check_output, fingerprint,
+                    json_object, lock, memory_gb, one_line_errors, positive, progress, seed_for, this_rank)
+from data import PLAN_ANNOUNCEMENT, another_task, global_batch, show_sample, train_and_eval
+from hf import context_length, decoder_layers, embedding_rms, load_config, load_lm, load_tokenizer
+from model import ADAPTER_FORMAT, LatentActor, add_markers, collate, init_markers, make_adapter, open_shards
 
-NOT_SHOWN = ("step", "epoch", "kl", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
-TERMS = ["task", "align", "kl", "cosine_distance", "sep"]
-COLUMNS = ["step", "epoch", "loss", *TERMS, "w_align", "w_sep", "lr", "grad_norm", "eval_loss", "infonce",
-           "infonce_bound", "tokens_per_s", "memory_gb"]
+NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
+INPUTS = ["train_file", "eval_file", "hidden_data"]  # a run is not continued with other contents of these
 # flags that may change between a run and its continuation: they move memory and files, not results
-NOT_SETTINGS = ["output_dir", "resume", "per_device_train_batch_size", "per_device_eval_batch_size", "logging_steps",
-                "save_steps", "save_total_limit", "gradient_checkpointing", "fsdp", "compile", "trust_remote_code",
-                "self_check"]
+NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
+                "per_device_eval_batch_size", "logging_steps", "save_total_limit", "gradient_checkpointing",
+                "compile", "trust_remote_code", "self_check"]
 
 
 def get_args(argv):
-    parser = Parser(prog="train_actor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    g = parser.add_argument_group("model")
-    g.add_argument("--model_name_or_path", required=True, help="any causal LM with a chat template")
-    g.add_argument("--message", choices=["latent", "text", "none"], default="latent",
-                   help="what stands between <bop> and <eop>; text and none are the baselines CoT (full) and No-CoT")
-    g.add_argument("--plan_announcement", default=PLAN_ANNOUNCEMENT,
-                   help="stands before <bop>; kept with the actor")
-    g.add_argument("--num_heads", type=positive, default=8, help="attention heads of the adapter")
-    g.add_argument("--adapter_dropout", type=float, default=0.1, help="dropout in the adapter's attention")
-    g.add_argument("--adapter_scale", type=float, default=0.2, help="start of the learned input scale s")
-    g.add_argument("--adapter_output_scale", type=float,
-                   help="start of the learned output scale g; default: RMS of the actor's word embeddings / s")
-    g.add_argument("--chat_template_kwargs", type=json_object, help='JSON for the chat template; default: '
-                   '{"enable_thinking": false}; kept with the actor')
-    g.add_argument("--trust_remote_code", type=boolean, default=False,
-                   help="run code that the model ships")
-    g.add_argument("--self_check", type=boolean, default=True,
-                   help="try at the start whether the model can be used")
-    g = parser.add_argument_group("data")
-    g.add_argument("--train_file", required=True,
-                   help=".json or .jsonl with id and conversations (and plan, "
-                   "hidden_state or hidden_state_path, if not from --hidden_data)")
-    g.add_argument("--hidden_data", help="--output_dir of collect.py: messages and plans by id")
-    g.add_argument("--task_turn", type=int, default=0,
-                   help="fold turns 0 and N into the first human turn (ETO: 2)")
-    g.add_argument("--eval_file", help="held-out samples, same format")
-    g.add_argument("--eval_ratio", type=float, default=0.0,
-                   help="hold out this share of --train_file, chosen by id")
-    g.add_argument("--model_max_length", type=int, default=4096, help="a longer sample is an error")
-    g.add_argument("--prepended_length", type=int, default=2048, help="a longer message is an error")
-    g = parser.add_argument_group("loss")
-    g.add_argument("--plan_similarity_weight", type=float, default=0.2,
-                   help="ceiling of w_align; 0 drops that pass")
-    g.add_argument("--random_contrast_weight", type=float, default=1.0,
-                   help="ceiling of w_sep; 0 drops that pass")
-    g.add_argument("--adaptive_weights", type=boolean, default=True,
-                   help="each weight moves between a tenth of its ceiling and the ceiling with its own loss")
-    g.add_argument("--curriculum", type=float, nargs="+", default=[r / 10 for r in range(11)], metavar="R",
-                   help="the ratios that are drawn: the share of a message that is shown as words (paper: 0 0.1 ... 1; "
-                   "0: pure latent messages)")
-    g.add_argument("--infonce_probe_interval", type=int, default=0,
-                   help="every N steps, score K messages on K samples")
-    g.add_argument("--infonce_probe_size", type=positive, default=8, help="K")
-    g = parser.add_argument_group("optimization")
-    g.add_argument("--num_train_epochs", type=float, default=3, help="passes over the data")
-    g.add_argument("--max_steps", type=positive, help="optimizer steps, instead of epochs")
-    g.add_argument("--learning_rate", type=float, default=1e-5, help="peak, then cosine to 0")
-    g.add_argument("--adapter_learning_rate", type=float,
-                   help="peak for the adapter; default: --learning_rate")
-    g.add_argument("--warmup_ratio", type=float, default=0.03,
-                   help="share of the steps that warm up linearly")
-    g.add_argument("--adam_beta2", type=float, default=0.999,
-                   help="AdamW's memory of squares; short runs: 0.95")
-    g.add_argument("--weight_decay", type=float, default=0.0, help="AdamW, on matrices only")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm")
-    g.add_argument("--global_batch_size", type=positive, default=16,
-                   help="samples per optimizer step, over all ranks")
-    g.add_argument("--per_device_train_batch_size", type=positive, default=4,
-                   help="samples per pass: memory only")
-    g.add_argument("--per_device_eval_batch_size", type=positive, default=8,
-                   help="samples per evaluation pass")
-    g.add_argument("--bf16", choices=["auto", "true", "false"], default="auto",
-                   help="bf16 autocast over fp32 parameters; auto: on CUDA")
-    g.add_argument("--gradient_checkpointing", type=boolean, default=False,
-                   help="recompute activations: less memory")
-    g.add_argument("--fsdp", type=boolean, default=False,
-                   help="shard parameters, gradients and Adam over the ranks")
-    g.add_argument("--compile", type=boolean, default=False, help="torch.compile the LM's layers")
-    g.add_argument("--seed", type=int, default=0,
-                   help="of order, curriculum, negatives, adapter and dropout")
-    g = parser.add_argument_group("output")
-    g.add_argument("--output_dir", required=True, help="the actor directory")
-    g.add_argument("--logging_steps", type=positive, default=1,
-                   help="a log line every N steps (the csv has them all)")
-    g.add_argument("--eval_steps", type=positive, default=500,
-                   help="evaluate every N steps, and at the end")
-    g.add_argument("--save_steps", type=positive, default=500,
-                   help="checkpoint every N steps, and at the end")
-    g.add_argument("--save_total_limit", type=positive, default=2,
-                   help="checkpoints to keep, besides the best")
-    g.add_argument("--early_stopping_patience", type=int, default=0,
-                   help="stop after N evaluations without a new best")
-    g.add_argument("--resume", default="auto",
-                   help="auto: from the last checkpoint; never; or a checkpoint's path")
+    parser = Parser(prog="train_actor.py", description=__doc__)
+    flag = parser.flag
+    parser.group("model")
+    flag("--model_name_or_path", ..., "any causal LM with a chat template")
+    flag("--message", "latent", "what stands between <bop> and <eop>; text and none are the baselines CoT (full) "
+         "and No-CoT", choices=["latent", "text", "none"])
+    flag("--plan_announcement", PLAN_ANNOUNCEMENT, "stands before <bop>; kept with the actor")
+    flag("--adapter", "model:HiddenStateProcessor", "module:Class; kept with the actor")
+    flag("--num_heads", 8, "attention heads of the adapter")
+    flag("--adapter_dropout", 0.1, "dropout in the adapter's attention")
+    flag("--adapter_scale", 0.2, "start of the learned input scale s")
+    flag("--adapter_output_scale", None, "start of the learned output scale g; default: RMS of the actor's word "
+         "embeddings / s", type=float)
+    flag("--chat_template_kwargs", None, """JSON for the chat template; default: {"enable_thinking": false}; """
+         "kept with the actor", type=json_object)
+    flag("--trust_remote_code", False, "run code that the model ships")
+    flag("--self_check", True, "try at the start whether the model can be used")
+    parser.group("data")
+    flag("--train_file", ..., ".json or .jsonl of conversations")
+    flag("--hidden_data", None, "--output_dir of collect.py: messages and plans by id")
+    flag("--task_turn", 0, "fold turns 0 and N into the first human turn (ETO: 2)")
+    flag("--eval_file", None, "held-out samples, same format")
+    flag("--eval_ratio", 0.0, "hold out this share of --train_file, chosen by id")
+    flag("--model_max_length", 4096, "a longer sample is an error")
+    flag("--prepended_length", 2048, "a longer message is an error")
+    parser.group("loss")
+    flag("--plan_similarity_weight", 0.2, "ceiling of w_align; 0 drops that pass")
+    flag("--random_contrast_weight", 1.0, "ceiling of w_sep; 0 drops that pass")
+    flag("--adaptive_weights", True, "a weight moves between a tenth of its ceiling and it, with its loss")
+    flag("--curriculum", [r / 10 for r in range(11)], "the ratios that are drawn: the share of a message that is "
+         "shown as words (paper: 0 0.1 ... 1; 0: pure latent messages)", type=float, nargs="+", metavar="R")
+    flag("--infonce_probe_interval", 0, "every N steps, score K messages on K samples")
+    flag("--infonce_probe_size", 8, "K")
+    parser.group("optimization")
+    flag("--num_train_epochs", 3.0, "passes over the data")
+    flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the schedule "
+         "is then that of the new length", type=positive)
+    flag("--learning_rate", 1e-5, "peak, then cosine to 0")
+    flag("--adapter_learning_rate", None, "peak for the adapter; default: --learning_rate", type=float)
+    flag("--warmup_ratio", 0.03, "share of the steps that warm up linearly")
+    flag("--adam_beta2", 0.999, "AdamW's memory of squares; short runs: 0.95")
+    flag("--weight_decay", 0.0, "AdamW, on matrices only")
+    flag("--max_grad_norm", 1.0, "clip the gradient's norm")
+    flag("--global_batch_size", 16, "samples per optimizer step, over all ranks")
+    flag("--per_device_train_batch_size", 4, "samples per pass: memory only")
+    flag("--per_device_eval_batch_size", 8, "samples per evaluation pass")
+    flag("--bf16", "auto", "bf16 autocast over fp32 parameters; auto: on CUDA", choices=["auto", "true", "false"])
+    flag("--gradient_checkpointing", False, "recompute the actor's activations: less memory")
+    flag("--fsdp", False, "shard parameters, gradients and Adam over the ranks")
+    flag("--compile", False, "torch.compile the actor's layers")
+    flag("--seed", 0, "of all that is drawn")
+    parser.group("output")
+    flag("--output_dir", ..., "for the model, its checkpoints and its log; one that exists is continued")
+    flag("--logging_steps", 1, "a log line every N steps (the csv has them all)")
+    flag("--eval_steps", 500, "evaluate every N steps, and at the end")
+    flag("--save_steps", 500, "checkpoint every N steps, and at the end")
+    flag("--save_total_limit", 2, "checkpoints to keep, besides the best")
+    flag("--early_stopping_patience", 0, "stop after N evaluations without a new best")
+    flag("--resume", "auto", "auto: from the last checkpoint; never", choices=["auto", "never"])
     return parser.parse_args(argv)
 
 
 def check_args(args, world):
     if args.global_batch_size % world:
-        raise UserError(f"--global_batch_size {args.global_batch_size} must be a multiple of the {world} ranks")
+        raise UserError(f"--global_batch_size {args.global_batch_size} is no multiple of the {world} ranks")
     if args.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node N")
     if not all(0 <= ratio <= 1 for ratio in args.curriculum):
         raise UserError(f"--curriculum takes ratios between 0 and 1, found {args.curriculum}")
 
 
-def check_num_heads(num_heads, width):
-    if width % num_heads:
-        raise UserError(f"--num_heads {num_heads} does not divide the actor's width of {width}")
-
-
-def check_samples(data, train_samples, contrast):
-    if not train_samples:
-        raise UserError(f"{data.path} has no training samples: lower --eval_ratio, or add some")
-    if contrast and len({data.tasks[n] for n in train_samples}) < 2:
-        raise UserError(f"{data.path}: L_sep needs a message of another task, but all tasks are the same: add samples "
-                        f"or set --random_contrast_weight 0")
+def check_finite(step, loss, grad_norm, ids):
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(f"step {step}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Lower "
+                        f"--learning_rate, or look at the messages of the samples {', '.join(ids)}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Data
 
-def show_sample(tokenizer, sample):
-    """A training sample, decoded: supervised tokens between » and «, latents counted in their place."""
-    text, inside, n = "", False, 0
-    n_latents = 0 if sample["latents"] is None else len(sample["latents"]) - sample["n_replaced"]
-    separator = "" if tokenizer.is_fast and tokenizer.decoder else " "
-    while n < len(sample["input_ids"]):
-        if (sample["labels"][n] != -100) != inside:
-            inside = not inside
-            text += "»" if inside else "«"
-        if n == sample["latents_start"] and n_latents:
-            text += f"[{n_latents} latents]"
-            n += n_latents
-            continue
-        text += tokenizer.decode([sample["input_ids"][n]]) + separator
-        n += 1
-    return text + ("«" if inside else "")
+def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_other, seed, device):
+    """drawn [(draw, n)] -> the batches of the three passes; None for a pass that is not needed.
 
-
-def make_batches(data, drawn, negatives, *, message, curriculum, with_plan, with_other, seed, device):
-    """drawn [(draw, sample)] -> the batches of the three passes; None for a pass that is not needed.
-
-    negatives: the samples whose messages may be another task's."""
+    negatives: the indices whose messages may be another task's."""
     samples, plan_samples, other_samples = [], [], []
     for draw, n in drawn:
         ratio = curriculum[seed_for("curriculum", seed, draw) % len(curriculum)]
-        samples.append(data.sample(n, message, ratio))
+        samples.append(data.sample(n, kind, ratio))
         if with_plan:
             plan_samples.append(data.sample(n, "text"))
-        if with_other:  # the whole message of another task, at the same ratio (released code: at another one)
+        if with_other:  # another task's whole message, at the same ratio (released code: at another one)
             other = another_task(n, data.tasks, negatives, seed, draw)
             other_samples.append(data.sample(n, "latent", ratio, source=other))
     return [collate(part, device) if part else None for part in (samples, plan_samples, other_samples)]
 
 
-def check_finite(step, loss, grad_norm, ids):
-    if not math.isfinite(loss + grad_norm):
-        raise UserError(f"step {step}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Samples: "
-                        f"{', '.join(ids)}. Lower --learning_rate, or look at their messages")
+# ------------------------------------------------------------------------------------------------
+# Schedules
+
+def loss_weights(align, sep, adaptive=False, last_terms=None):
+    """The weight of each term in the total loss; a term without one is only logged. A term of your own is
+    one more line here.
+
+    align and sep are ceilings. Adaptive: a term that is satisfied steps back, to a tenth of its ceiling, which it
+    has where its value of the last step is as large as it starts. That value is detached, and the same for any
+    split of the batch."""
+    weights = {"task": 1.0, "align": align, "sep": sep}
+    if adaptive and last_terms:
+        for name, start in (("align", 1.0), ("sep", math.log(2))):
+            weights[name] *= min(max(last_terms.get(name, 0.0) / start, 0.1), 1.0)
+    return weights
 
 
 def lr_scale(step, max_steps, warmup):
@@ -206,24 +161,21 @@ def lr_scale(step, max_steps, warmup):
 # Evaluation; every rank makes the same number of passes, because FSDP2 needs all ranks in each
 
 @torch.no_grad()
-def evaluate(actor, data, samples, message, batch_size, autocast, device, rank, world):
-    """Mean CE over the supervised tokens of held-out samples, always with the whole latent message
-    (ratio 0)."""
-    actor.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed CE, tokens
-    order = sorted(samples, key=lambda n: data.lengths[n])
+def evaluate(model, summed_loss, data, indices, batch_size, device, rank, world):
+    """Mean CE over the supervised tokens of held-out samples. summed_loss(indices) -> their summed CE."""
+    was_training = model.training
+    model.eval()
+    sums = {"loss": 0.0, "tokens": 0.0}
+    order = sorted(indices, key=lambda n: data.lengths[n])
     for i in range(0, len(order), batch_size * world):
         part = order[i + rank:i + batch_size * world:world]
-        batch = collate([data.sample(n, message) for n in part or order[:1]], device)
-        with autocast():
-            loss = actor(batch)["task"]
+        loss = summed_loss(part or order[:1])  # a rank without samples repeats one: all ranks make each pass
         if part:
-            totals[0] += loss
-            totals[1] += sum(data.n_labels[n] for n in part)
-    actor.train()
-    if world > 1:
-        dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
+            sums["loss"] += loss.item()
+            sums["tokens"] += sum(data.n_labels[n] for n in part)
+    model.train(was_training)
+    sums = all_reduce_sum(sums, device)
+    return sums["loss"] / sums["tokens"]
 
 
 @torch.no_grad()
@@ -234,6 +186,8 @@ def infonce_probe(actor, data, chosen, autocast, device, rank, world):
     actor.eval()
     K = len(chosen)
     scores = torch.zeros(K, K, device=device)
+    # pair (i, j) has number i * K + j. The ranks take turns; past the last pair one begins again at the first,
+    # because all ranks must make each pass, and does not count it
     for pair in range(rank, math.ceil(K * K / world) * world, world):
         i, j = divmod(pair % (K * K), K)  # sample i reads the message of sample j
         batch = collate([data.sample(chosen[i], "latent", source=chosen[j])], device)
@@ -254,87 +208,77 @@ def main(argv=None):
     rank, world, device = this_rank()
     check_args(args, world)
     latent = args.message == "latent"
+    inputs = {name: getattr(args, name) for name in INPUTS}
+    check_output("--output_dir", args.output_dir, [args.model_name_or_path, *inputs.values()])
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    state = {"step": 0, "last_terms": None, "stopped": False, "settings": settings,
-             "best_step": None, "best_eval_loss": math.inf, "bad_evals": 0}
-    checkpoint = latest_checkpoint(args.output_dir, args.resume)
-    if checkpoint:
-        state = read_state(checkpoint, settings, args.output_dir)
+    settings["contents"] = {name: fingerprint(path) for name, path in inputs.items()}
+    run = Run(args.output_dir, settings, args.resume, rank)
+    state, source = run.state, run.checkpoint or args.model_name_or_path
 
     # --------------------------------------------------------------------------------------------
     # data, all checked before a model is loaded
-    source = checkpoint or args.model_name_or_path
     config = load_config(source, args.trust_remote_code)
-    if latent:
-        check_num_heads(args.num_heads, config.hidden_size)
+    if latent and config.hidden_size % args.num_heads:
+        raise UserError(f"--num_heads {args.num_heads} does not divide the actor's width, {config.hidden_size}")
     tokenizer = load_tokenizer(source, args.trust_remote_code, args.chat_template_kwargs)
     new_ids = add_markers(tokenizer)
-    shards = None
-    if args.hidden_data and args.message != "none":
-        shards = open_shards(args.hidden_data)
-    reading = {"shards": shards,
-               "message": args.message,
-               "announcement": args.plan_announcement,
-               "task_turn": args.task_turn,
-               "max_message": args.prepended_length,
-               "max_length": min(args.model_max_length, context_length(config))}
-    data = Conversations(args.train_file, tokenizer, **reading)
-    train_samples, eval_samples = split_eval(data, args.eval_ratio, args.seed)
-    eval_data = data
-    if args.eval_file:
-        eval_data = Conversations(args.eval_file, tokenizer, sender_dim=data.sender_dim, **reading)
-        train_samples = list(range(len(data)))
-        eval_samples = list(range(len(eval_data)))
-    check_samples(data, train_samples, contrast=latent and args.random_contrast_weight > 0)
-    steps_per_epoch = len(train_samples) / args.global_batch_size
+    shards = open_shards(args.hidden_data) if args.hidden_data and args.message != "none" else None
+    data, train_indices, eval_data, eval_indices = train_and_eval(
+        args.train_file, args.eval_file, args.eval_ratio, args.seed, tokenizer,
+        shards=shards, kind=args.message, announcement=args.plan_announcement, task_turn=args.task_turn,
+        max_message=args.prepended_length, max_length=min(args.model_max_length, context_length(config)))
+    if latent and args.random_contrast_weight and len({data.tasks[n] for n in train_indices}) < 2:
+        raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: "
+                        f"add samples or set --random_contrast_weight 0")
+    steps_per_epoch = len(train_indices) / args.global_batch_size
     max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
-    if state["stopped"] and os.path.exists(os.path.join(args.output_dir, "trainer_state.json")):
-        if rank == 0:
-            print(f"{args.output_dir} is finished ({state['step']} steps); --resume never trains it again")
+    if run.is_over(max_steps, args.early_stopping_patience):
         return
+    if rank == 0:
+        lock(args.output_dir)
 
     # --------------------------------------------------------------------------------------------
-    # model: fp32 parameters, because a step of 1e-5 is lost in bf16 ones
+    # model: what learns has fp32 parameters, because a step of 1e-5 is lost in bf16 ones
+    device_type = device.split(":")[0]
+    cuda = device_type == "cuda"
+    bf16 = cuda if args.bf16 == "auto" else args.bf16 == "true"
+    autocast = functools.partial(torch.autocast, device_type, torch.bfloat16, enabled=bf16)
     torch.manual_seed(args.seed)
-    if checkpoint:
-        actor = LatentActor.load(checkpoint, "fp32", "cpu", args.trust_remote_code,
-                                 args.chat_template_kwargs, check=False)
+    if run.checkpoint:
+        actor = LatentActor.load(source, "fp32", "cpu", args.trust_remote_code, check=False)
     else:
-        lm = load_lm(source, "fp32", "cpu", args.trust_remote_code, args.self_check)
+        lm, adapter = load_lm(source, "fp32", "cpu", args.trust_remote_code, args.self_check), None
         init_markers(lm, new_ids)
-        adapter = None
-        info = {"message": args.message,
+        info = {"kind": args.message,
                 "plan_announcement": args.plan_announcement,
                 "instruction": data.instruction,
                 "chat_template_kwargs": tokenizer.chat_template_kwargs,
+                "sender": shards.sender if shards else None,
                 "format_version": ADAPTER_FORMAT}
         if latent:
             rms = embedding_rms(lm)
-            output_scale = args.adapter_output_scale or rms / args.adapter_scale
-            info["sender"] = shards.sender["model"] if shards else None
-            info["adapter"] = {"sender_dim": data.sender_dim,
-                               "dim": config.hidden_size,
-                               "num_heads": args.num_heads,
-                               "dropout": args.adapter_dropout,
-                               "scale": args.adapter_scale,
-                               "output_scale": output_scale}
-            adapter = HiddenStateProcessor(**info["adapter"])
+            arguments = {"sender_dim": data.sender_dim,
+                         "dim": config.hidden_size,
+                         "num_heads": args.num_heads,
+                         "dropout": args.adapter_dropout,
+                         "scale": args.adapter_scale,
+                         "output_scale": args.adapter_output_scale or rms / args.adapter_scale}
+            info["adapter"] = {"class": args.adapter, "arguments": arguments}
+            adapter = make_adapter(info["adapter"])
             if rank == 0:
                 print(f"adapter {data.sender_dim} -> {config.hidden_size}: s = {args.adapter_scale}, "
-                      f"g = {output_scale:.3f} (the actor's word embeddings have RMS {rms:.3f})")
+                      f"g = {arguments['output_scale']:.3f} (the actor's word embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info)
     if args.gradient_checkpointing:
         actor.lm.activation_checkpointing_enable()
     if args.compile:  # layer by layer: equal layers are compiled once, and FSDP2 can gather between them
         for layer in decoder_layers(actor.lm):
             layer.compile(dynamic=True)
-    actor.train()
+    learner, write_model, layers = actor.train(), actor.save, decoder_layers(actor.lm) if args.fsdp else []
 
-    # ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the parameters, gradients and
-    # Adam's moments, and gathers one decoder layer at a time; embeddings, head and adapter form one
-    # more unit
-    device_type = device.split(":")[0]
-    cuda = device_type == "cuda"
+    # --------------------------------------------------------------------------------------------
+    # ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
+    # gradients and Adam's moments, and gathers one decoder layer at a time; all else forms one more unit
     if cuda:
         torch.cuda.set_device(device)
     if world > 1 or args.fsdp:
@@ -343,157 +287,142 @@ def main(argv=None):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(device_type, (world,))
-        for layer in decoder_layers(actor.lm):
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
-        model = fully_shard(actor, mesh=mesh)
+        model = fully_shard(learner, mesh=mesh)
     else:
-        model = actor.to(device)
+        model = learner.to(device)
         if world > 1:  # buckets are the gradients themselves: a copy would cost 4 more bytes per parameter
-            model = DistributedDataParallel(actor, gradient_as_bucket_view=True)
-    bf16 = cuda if args.bf16 == "auto" else args.bf16 == "true"
-    autocast = functools.partial(torch.autocast, device_type, torch.bfloat16, enabled=bf16)
+            model = DistributedDataParallel(learner, gradient_as_bucket_view=True)
 
     # optimizer: no weight decay on vectors; the adapter, which starts from nothing, may take larger steps
-    parameters = list(actor.lm.parameters())
+    parameters = [p for p in actor.lm.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() == 1]
-    adapter_lr = args.adapter_learning_rate or args.learning_rate
     groups = [{"params": matrices, "peak": args.learning_rate, "weight_decay": args.weight_decay},
               {"params": vectors, "peak": args.learning_rate, "weight_decay": 0.0}]
     if latent:
+        adapter_lr = args.adapter_learning_rate or args.learning_rate
         groups.append({"params": list(actor.adapter.parameters()), "peak": adapter_lr, "weight_decay": 0.0})
     # fused: one kernel, without temporaries as large as the parameters
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=cuda or None)
-    if checkpoint:
-        load_optimizer(actor, optimizer, checkpoint)
-
-    # --------------------------------------------------------------------------------------------
-    # files
-    csv_path = os.path.join(args.output_dir, "loss_log.csv")
-    if rank == 0:
-        prepare_output(args.output_dir, checkpoint)
-        log, writer = open_log(csv_path, COLUMNS, state["step"])
-        print(f"{len(train_samples)} training samples, {len(eval_samples)} held out, "
-              f"{max_steps} steps of {args.global_batch_size} on {world} x {device_type}")
-        if checkpoint:
-            print(f"continuing at step {state['step']}")
-        else:
-            first = data.sample(train_samples[0], args.message)
-            print("first sample: " + show_sample(tokenizer, first))
+    if run.checkpoint:
+        run.load_optimizer(learner, optimizer)
 
     # --------------------------------------------------------------------------------------------
     # loop
+    run.clear()
+    if rank == 0:
+        print(f"{len(train_indices)} training samples, {len(eval_indices)} held out, "
+              f"{max_steps} steps of {args.global_batch_size} on {world} x {device_type}")
+        if run.checkpoint:
+            print(f"continuing at step {state['step']}")
+        else:
+            print("first sample: " + show_sample(tokenizer, data.sample(train_indices[0], args.message)))
+
+    def eval_loss(chosen):
+        """Summed CE of held-out samples, always with the whole message as latents."""
+        with autocast():
+            return actor(collate([eval_data.sample(n, args.message) for n in chosen], device))["task"]
+
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = progress(total=max_steps, initial=state["step"], desc="train", unit="step", rank=rank)
-    sigterm = catch_sigterm()
+    stop_signals = catch_stop()
     for step in range(state["step"], max_steps):
         if state["stopped"]:  # killed between its last checkpoint and the files of the end
             break
-        clock, seen_tokens = time.perf_counter(), 0
-        lr = args.learning_rate * lr_scale(step, max_steps, warmup)
+        clock, seen_tokens, done = time.perf_counter(), 0, step + 1
+        scale = lr_scale(step, max_steps, warmup)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_scale(step, max_steps, warmup)
-        # the weights follow the last step's losses: known before the pass, the same for any split of
-        # the batch
-        w_align, w_sep = 0.0, 0.0
-        if latent:
-            w_align, w_sep = args.plan_similarity_weight, args.random_contrast_weight
-        if args.adaptive_weights and state["last_terms"]:
-            w_align = adaptive_weight(w_align, state["last_terms"]["align"], 1.0)  # align starts near 1
-            w_sep = adaptive_weight(w_sep, state["last_terms"]["sep"], math.log(2))  # its largest value
-        # this rank's share of the global batch: every world-th sample by length, so that ranks have
-        # equal work
-        drawn = global_batch(step, train_samples, args.global_batch_size, args.seed)  # [(draw, sample)]
-        n_labels = sum(data.n_labels[n] for _, n in drawn)  # over ranks and micro-batches
+            group["lr"] = group["peak"] * scale
+        # this rank's share of the global batch: every world-th sample by length, for equal work
+        drawn = global_batch(step, train_indices, args.global_batch_size, args.seed)  # [(draw, n)]
         share = sorted(drawn, key=lambda pair: data.lengths[pair[1]])[rank::world]
         size = args.per_device_train_batch_size
         micro_batches = [share[i:i + size] for i in range(0, len(share), size)]
+        # each term is the mean over all labels or samples of the step, whatever the ranks and micro-batches
+        n_labels = sum(data.n_labels[n] for _, n in drawn)
+        weights = {"task": 1.0}
+        if latent:
+            weights = loss_weights(args.plan_similarity_weight, args.random_contrast_weight,
+                                   args.adaptive_weights, state.get("last_terms"))
         torch.manual_seed(seed_for("dropout", args.seed, step, rank))  # a restart needs no saved RNG state
-        sums = dict.fromkeys(TERMS, 0.0)
+        sums = {}  # of the terms, over micro-batches and then over ranks
 
         # ---- the step --------------------------------------------------------------------------
         for m, chosen in enumerate(micro_batches):
-            batch, plan_batch, other_batch = make_batches(
-                data, chosen, train_samples, message=args.message, curriculum=args.curriculum,
-                with_plan=w_align > 0, with_other=w_sep > 0,
-                seed=args.seed, device=device)
             # DDP sums gradients over ranks once a step, in the last pass; FSDP2 in every pass, because
-            # gradients that are not summed yet are whole, and whole gradients do not fit
+            # between passes a rank has room for its share of the summed gradients only
             wait = isinstance(model, DistributedDataParallel) and m + 1 < len(micro_batches)
             with model.no_sync() if wait else contextlib.nullcontext():
                 with autocast():
-                    terms = model(batch, plan_batch, other_batch)  # three passes, two of them without gradient
-                    loss = terms["task"]
-                    loss = loss + w_align * terms.get("align", 0) + w_sep * terms.get("sep", 0)
-                (loss * world / n_labels).backward()  # ranks are averaged: the mean over all labels
-            for name, term in terms.items():
-                sums[name] += term.item() / n_labels
-            seen_tokens += int(batch["attention_mask"].sum())
-        grad_norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+                    batches = make_batches(data, chosen, train_indices, kind=args.message,
+                                           curriculum=args.curriculum, with_plan=weights.get("align", 0) > 0,
+                                           with_other=weights.get("sep", 0) > 0, seed=args.seed, device=device)
+                    terms = model(*batches)  # three passes, two of them without gradient
+                    means = {name: term / n_labels for name, term in terms.items()}
+                    loss = sum(weights[name] * means[name] for name in weights if name in means)
+                (loss * world).backward()  # DDP and FSDP2 average over ranks, here they shall add
+            for name, mean in means.items():
+                sums[name] = sums.get(name, 0.0) + mean.item()
+            seen_tokens += int(batches[0]["attention_mask"].sum())
+        grad_norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), args.max_grad_norm)
         grad_norm = (grad_norm.full_tensor() if args.fsdp else grad_norm).item()
-        totals = torch.tensor([*sums.values(), len(sigterm)], dtype=torch.float64, device=device)
-        if world > 1:
-            dist.all_reduce(totals)
-        *values, preempted = totals.tolist()
-        means = dict(zip(TERMS, values))
-        loss = means["task"] + w_align * means["align"] + w_sep * means["sep"]
-        check_finite(step + 1, loss, grad_norm, [data.ids[n] for _, n in drawn])
+        # one sum over ranks for all: if a signal to stop came to one of them, all stop after this step
+        sums = all_reduce_sum(sums | {"stop": len(stop_signals)}, device)
+        preempted = sums.pop("stop") > 0
+        loss = sum(weights[name] * sums[name] for name in weights if name in sums)
+        check_finite(done, loss, grad_norm, [data.ids[n] for _, n in drawn])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------------
 
         # evaluate
-        state |= {"step": step + 1, "last_terms": means, "stopped": step + 1 == max_steps}
-        record = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 3),
-                  "loss": loss, **means, "w_align": w_align, "w_sep": w_sep, "lr": lr, "grad_norm": grad_norm}
+        state |= {"step": done, "last_terms": sums, "stopped": done == max_steps}
+        record = {"step": done, "epoch": round(done / steps_per_epoch, 3), "loss": loss, **sums,
+                  **{f"w_{name}": weights[name] for name in weights if name != "task"},
+                  "lr": args.learning_rate * scale, "grad_norm": grad_norm, "eval_loss": None}
         is_best = False
-        where_it_runs = {"autocast": autocast, "device": device, "rank": rank, "world": world}
-        if latent and args.infonce_probe_interval and (step + 1) % args.infonce_probe_interval == 0:
-            held_out = len(eval_samples) > 1
-            probed = (eval_samples if held_out else train_samples)[:args.infonce_probe_size]
-            record |= infonce_probe(actor, eval_data if held_out else data, probed, **where_it_runs)
-        if eval_samples and ((step + 1) % args.eval_steps == 0 or state["stopped"]):
-            record["eval_loss"] = evaluate(actor, eval_data, eval_samples, message=args.message,
-                                           batch_size=args.per_device_eval_batch_size, **where_it_runs)
-            is_best = record["eval_loss"] < state["best_eval_loss"]
-            state["bad_evals"] = 0 if is_best else state["bad_evals"] + 1
-            if is_best:
-                state |= {"best_step": step + 1, "best_eval_loss": record["eval_loss"]}
-            state["stopped"] |= 0 < args.early_stopping_patience <= state["bad_evals"]
+        if eval_indices and (done % args.eval_steps == 0 or state["stopped"]):
+            record["eval_loss"] = evaluate(learner, eval_loss, eval_data, eval_indices,
+                                           args.per_device_eval_batch_size, device, rank, world)
+            is_best = run.note_eval(record["eval_loss"], args.early_stopping_patience)
+        if latent and args.infonce_probe_interval:
+            record |= {"infonce": None, "infonce_bound": None}
+            if done % args.infonce_probe_interval == 0:
+                probed, among = (eval_data, eval_indices) if len(eval_indices) > 1 else (data, train_indices)
+                chosen = among[:args.infonce_probe_size]
+                record |= infonce_probe(actor, probed, chosen, autocast, device, rank, world)
 
         # log
+        seconds = time.perf_counter() - clock
+        record["tokens_per_s"] = round(seen_tokens * world / seconds)
+        record["memory_gb"] = round(memory_gb(device), 2)
         if rank == 0:
-            record["tokens_per_s"] = round(seen_tokens * world / (time.perf_counter() - clock))
-            record["memory_gb"] = round(memory_gb(device), 2)
-            writer.writerow(record)
-            log.flush()
-            if (step + 1) % args.logging_steps == 0 or "eval_loss" in record or "infonce" in record:
-                shown = [f"{name} {value:.4g}" for name, value in record.items() if name not in NOT_SHOWN]
-                bar.write(f"step {step + 1}/{max_steps} " + " ".join(shown))
+            run.log(record)
+            if done % args.logging_steps == 0 or record["eval_loss"] is not None:
+                shown = [f"{name} {value:.4g}" for name, value in record.items()
+                         if value is not None and name not in NOT_SHOWN]
+                bar.write(f"step {done}/{max_steps} " + " ".join(shown))
         bar.update()
 
         # save
-        if (step + 1) % args.save_steps == 0 or is_best or state["stopped"] or preempted:
-            directory = os.path.join(args.output_dir, f"checkpoint-{step + 1}")
-            save_checkpoint(directory, rank, actor, actor.save, optimizer, state)
-            if rank == 0:
-                prune_checkpoints(args.output_dir, args.save_total_limit, state["best_step"])
+        if done % args.save_steps == 0 or is_best or state["stopped"] or preempted:
+            directory = run.save(learner, write_model, optimizer, args.save_total_limit)
             if preempted and not state["stopped"]:
                 if rank == 0:
-                    bar.write(f"SIGTERM: wrote {directory}; the same command continues from it")
-                raise SystemExit(SIGTERM_EXIT)
+                    bar.write(f"stopped: wrote {directory}; the same command continues from it")
+                raise SystemExit(STOP_EXIT)
     bar.close()
 
     # --------------------------------------------------------------------------------------------
-    # the output directory itself becomes the best model, or the last where nothing was held out
+    # files: the output directory itself becomes the best model, or the last where nothing was held out
     if rank == 0:
-        log.close()
-        plot_curves(csv_path, os.path.join(args.output_dir, "loss_curve.png"),
-                    ["loss", "task", "align", "sep", "eval_loss"], "nats per supervised token")
-        best = publish_model(args.output_dir, state)
-        sender = f"--sender {actor.info['sender']}" if latent else "--variants no_comm"
-        print(f"wrote the actor of {best} to {args.output_dir}, with loss_log.csv and loss_curve.png; next: "
-              f"python eval_alfworld.py --model_path {args.output_dir} {sender} --output_path results")
+        best = run.publish(["loss", *state["last_terms"], "eval_loss"], "nats per supervised token")
+        print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")
+        if data.instruction and latent:  # conversations of ETO's kind are ALFWorld's
+            print(f"next: python eval_alfworld.py --model_path {args.output_dir} --sender {shards.sender['model']} "
+                  f"--output_path {args.output_dir}_results")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -2,39 +2,44 @@
 What an actor is told in an evaluation: the paper's variants, and all that can be wrong with them.
 
     1. perturbations   a message whose structure is destroyed while chosen statistics stay
-    2. variants        the flags, the actor and the table rows that belong to a variant
+    2. rows            the flags, the actors and the rows of the table
     3. messages        those of a sender that runs now, and the sample that an actor reads
-
-A label is a row of the table: the variant and, if it has several sources, which one: `latent_k8` (eight
-latent steps of a student), `latent_keep0.5` (the first half of each message).
+    4. results         the table on screen, the picture, summary.json
 """
 import json
 import math
 import os
+import statistics
+from collections import namedtuple
 
 import torch
 import torch.distributed as dist
 
-import collect
-from common import UserError, read_json, seed_for
+from collect import collect, read_bridge
+from common import (UserError, changed_settings, check_output, fingerprint, json_object, plot_bars, positive,
+                    read_json, seed_for, write_json)
 from data import PLAN_ANNOUNCEMENT, another_task, encode_prompt, plan_ids_for
-from model import BOP, build_sample, load_config, load_tokenizer, open_shards, read_info
+from hf import DTYPES, load_config
+from model import BOP, build_sample, open_shards, read_info
 
 PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
-LATENT_VARIANTS = ("latent", "qwen2llama", "cross_task", *PERTURBATIONS)  # the actor reads states
+LATENT_VARIANTS = ("latent", "cross_task", *PERTURBATIONS)  # the actor reads states
 TEXT_VARIANTS = ("text", "cot_full")  # it reads the plan as text
 SILENT_VARIANTS = ("no_comm", "no_cot")  # it is told nothing
-VARIANTS = (*LATENT_VARIANTS, "text", "no_comm", "cot_full", "no_cot")
+VARIANTS = (*LATENT_VARIANTS, *TEXT_VARIANTS, *SILENT_VARIANTS)
+# flags on which no answer depends: they choose rows, or move memory and time
+NOT_SETTINGS = ("variants", "latent_steps", "keep_ratio", "batch_size", "sender_batch_size", "trust_remote_code",
+                "self_check")
+Job = namedtuple("Job", "label run n")  # to be played or answered: row of the table, repetition, number of the task
+OTHER_NAMES = {"none": "latent", "qwen2llama": "latent"}  # the released code's, the paper's
 
 
 # -------------------------------------------------------------------------------------------------------
 # 1. Perturbations
 
 def perturb(variant, latents, *seed):
-    """Destroy a message's structure but keep chosen statistics (paper, ablations).
-
-    latents: H, (L, d) of any float dtype; seed: what the random numbers depend on, with the variant's
-    name. Returns (L, d) in fp32. Raises UserError for an unknown name.
+    """Destroy a message's structure but keep chosen statistics (paper, ablations): H, (L, d) of any float dtype ->
+    (L, d) in fp32. Its name and `seed` make the random numbers. Raises UserError for an unknown name.
 
         covgauss0      Gaussian with H's covariance and mean zero
         covgauss1      Gaussian with H's covariance and H's mean
@@ -78,102 +83,105 @@ def rotate(X, generator):
 
 
 # -------------------------------------------------------------------------------------------------------
-# 2. Variants
+# 2. Rows
 
-def check_variants(variants, hidden_data=None, sender=None, latent_steps=(), cross_hidden_data=None,
-                   keep_ratio=(1.0,)):
-    """The names of --variants, each once, `none` as `latent`; the other arguments are the flags' values.
+def add_flags(parser):
+    """The flags that both evaluations have: who reads which messages."""
+    flag = parser.flag
+    parser.group("actor")
+    flag("--model_path", ..., "an actor directory, or any causal LM (no_comm only)")
+    flag("--baseline_path", [], "of --message text (for cot_full) and none (no_cot); default: none", nargs="*")
+    flag("--torch_dtype", "bf16", "of the actor's parameters", choices=DTYPES)
+    flag("--trust_remote_code", False, "run code that the model ships")
+    flag("--chat_template_kwargs", None, "JSON; default: as the actor was trained", type=json_object)
+    flag("--self_check", True, "try at loading if the model can be used")
+    parser.group("messages")
+    flag("--variants", ["latent"], ", ".join(VARIANTS), nargs="+", metavar="NAME", choices=VARIANTS,
+         type=lambda name: OTHER_NAMES.get(name, name))
+    flag("--hidden_data", None, "--output_dir of collect.py for these tasks")
+    flag("--sender", None, "who is asked now: stage 1 runs first, on these tasks")
+    flag("--latent_steps", [], "with --sender: a row per K; default: its plan", type=positive, nargs="*")
+    flag("--prompt_template", None, "with --sender: what it is asked; default: as the actor's own was")
+    flag("--max_plan_tokens", 512, "with --sender: longest plan")
+    flag("--sender_batch_size", 16, "with --sender: prompts at a time")
+    flag("--messages", [], "NAME=DIR: a row each of others' messages, same actor; default: none", nargs="*")
+    flag("--keep_ratio", [1.0], "a row per share: of each message its first states", type=float, nargs="*")
 
-    Raises UserError for an unknown name and for flags about messages that contradict each other."""
-    names = list(dict.fromkeys("latent" if name == "none" else name for name in variants))
-    for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"unknown variant {name}: one of {', '.join(VARIANTS)}")
-    if latent_steps and not sender:
+
+def check_args(args):
+    """Raises UserError for flags of `add_flags` that contradict each other."""
+    if args.latent_steps and not args.sender:
         raise UserError("--latent_steps needs --sender: the student that thinks these steps")
-    if sender and hidden_data and not latent_steps:
+    if args.sender and args.hidden_data and not args.latent_steps:
         raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: "
                         "give one of them")
-    if cross_hidden_data and "qwen2llama" not in names:
-        raise UserError("--cross_hidden_data is what qwen2llama reads: add it to --variants")
-    if not all(0 <= keep <= 1 for keep in keep_ratio):
-        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {list(keep_ratio)}")
-    if latent_steps and list(keep_ratio) != [1.0]:
-        raise UserError("--keep_ratio cuts full messages, --latent_steps makes short ones: give one")
-    return names
+    if not all(0 <= keep <= 1 for keep in args.keep_ratio):
+        raise UserError(f"--keep_ratio takes shares between 0 and 1, got {args.keep_ratio}")
 
 
-def actors_of_variants(variants, model_path, baseline_paths=(), cross=None, trust_remote_code=False):
-    """{variant: the directory of its actor}.
+def named_messages(pairs):
+    """--messages ["llama=DIR", ...] -> {"llama": LatentShards}."""
+    messages = {}
+    for pair in pairs:
+        name, equals, directory = pair.partition("=")
+        if not equals or not name or name in (*VARIANTS, *messages):
+            raise UserError(f"--messages takes NAME=DIR, each NAME once and none a variant's, found {pair}")
+        messages[name] = open_shards(directory)
+    return messages
 
-    Most variants change only what the actor of --model_path reads. cot_full and no_cot have actors of
-    their own, and so has qwen2llama where it reads messages of another sender (cross: LatentShards).
-    Reads configs, not models. Raises UserError if an actor is missing or cannot read its variant."""
-    paths = [model_path, *baseline_paths]
-    for path in paths:
+
+def actors_of_variants(variants, model_path, baseline_paths=(), trust_remote_code=False):
+    """{variant: the directory of its actor}: cot_full and no_cot have actors of their own. Reads configs, no
+    weights. Raises UserError if an actor is missing."""
+    for path in [model_path, *baseline_paths]:
         load_config(path, trust_remote_code)  # a wrong path is an error before any model is loaded
-    infos = {path: read_info(path) for path in paths}
-    actors = dict.fromkeys(variants, model_path)
-    for variant, message in (("cot_full", "text"), ("no_cot", "none")):
+    actors = dict.fromkeys([*variants, "latent"], model_path)
+    for variant, kind in (("cot_full", "text"), ("no_cot", "none")):
         if variant in actors:
-            fitting = [path for path in baseline_paths if infos[path].get("message") == message]
+            fitting = [path for path in baseline_paths if read_info(path).get("kind") == kind]
             if not fitting:
                 raise UserError(f"{variant} needs an actor of its own: train one with train_actor.py "
-                                f"--message {message} and give it in --baseline_path")
+                                f"--message {kind} and give it in --baseline_path")
             actors[variant] = fitting[0]
-    if "qwen2llama" in actors and cross is not None:
-        fitting = [path for path in paths if sender_width(infos[path]) == cross.hidden_size]
-        if not fitting:
-            raise UserError(f"{cross.directory} has messages {cross.hidden_size} wide, which no actor of "
-                            f"--model_path or --baseline_path reads: train one on messages of "
-                            f"{cross.sender['model']}")
-        actors["qwen2llama"] = fitting[0]
-        for path in fitting:  # of several that read this width, the one that was trained on this sender
-            if infos[path].get("sender") == cross.sender["model"]:
-                actors["qwen2llama"] = path
-    # the vocabulary is asked, because a tokenizer with an <unk> token has an id for every word
-    if "text" in actors and BOP not in load_tokenizer(model_path, trust_remote_code).get_vocab():
+    if "text" in actors and not read_info(model_path):
         raise UserError(f"{model_path} knows no {BOP}, so it cannot read a text message: give an actor "
                         f"that train_actor.py wrote")
     return actors
 
 
-def sender_width(info):
-    """Width of the states that an actor reads, None if it reads none. info: what `read_info` gives."""
-    return info["adapter"]["sender_dim"] if info.get("message") == "latent" else None
+def table_rows(variants, actors, tasks, messages, others=None, keep_ratio=(1.0,)):
+    """The rows of the table, in order: {label: {"variant", "actor", "shards", "keep"}}.
 
-
-def table_rows(variants, actors, tasks, messages, cross=None, keep_ratio=(1.0,)):
-    """The rows of the table, in order: {label: {"variant", "shards", "keep"}}.
-
-    messages: {suffix of the label: LatentShards}, the full ones first; cross: those of qwen2llama.
+    messages: {suffix of the label: LatentShards}, full ones first; others: {label: LatentShards}.
         {"": full, "_k8": eight steps}   -> latent, latent_k8, randomrot, randomrot_k8, text, no_comm
         {"": full}, keep_ratio [1, 0.5]  -> latent, latent_keep0.5, randomrot, randomrot_keep0.5, text
     Raises UserError as `check_messages` does."""
+    messages, others = messages or {"": None}, others or {}
+    every = [(suffix, shards, keep) for suffix, shards in messages.items() for keep in keep_ratio]
+    whole = [("", next(iter(messages.values())), 1.0)]  # a text is the full plan's, whatever K or share
     rows = {}
     for variant in variants:
-        sources = {"": cross} if variant == "qwen2llama" and cross is not None else messages
-        sources = sources or {"": None}  # no message at all: check_messages says who needs one
-        if variant not in LATENT_VARIANTS:  # a text is that of the full plan, whatever K or share
-            first = next(iter(sources.values()))
-            rows[variant] = {"variant": variant, "shards": first, "keep": 1.0}
-            continue
-        for suffix, shards in sources.items():
-            for keep in keep_ratio:
-                label = variant + suffix + ("" if keep == 1 else f"_keep{keep:g}")
-                rows[label] = {"variant": variant, "shards": shards, "keep": keep}
-    for row in rows.values():
-        check_messages(row["variant"], actors[row["variant"]], row["shards"], tasks)
+        sources = every if variant in LATENT_VARIANTS else whole
+        for suffix, shards, keep in sources:
+            label = variant + suffix + ("" if keep == 1 else f"_keep{keep:g}")
+            rows[label] = {"variant": variant, "actor": actors[variant], "shards": shards, "keep": keep}
+    for label, shards in others.items():
+        rows[label] = {"variant": "latent", "actor": actors["latent"], "shards": shards, "keep": 1.0}
+    for label, row in rows.items():
+        check_messages(tasks, **row)
+        if row["variant"] in LATENT_VARIANTS and label not in others:  # those are read on purpose
+            check_sender(row["shards"].sender, row["actor"])
     return rows
 
 
-def check_messages(variant, actor_path, shards, tasks):
-    """Raises UserError if a task has no message, or none that this variant's actor can read."""
+def check_messages(tasks, *, variant, actor, shards, keep=1.0):
+    """Raises UserError if a task has no message, or none that the actor of this row can read."""
     if variant in SILENT_VARIANTS:
         return
-    info = read_info(actor_path)
-    if variant in LATENT_VARIANTS and info.get("message") != "latent":
-        raise UserError(f"{actor_path} has no adapter, so it cannot read a latent message ({variant}): "
+    info = read_info(actor)
+    latent = variant in LATENT_VARIANTS
+    if latent and info.get("kind") != "latent":
+        raise UserError(f"{actor} has no adapter, so it cannot read a latent message ({variant}): "
                         f"give an actor that train_actor.py wrote with --message latent")
     if shards is None:
         raise UserError(f"variant {variant} needs messages: give --hidden_data or --sender")
@@ -181,90 +189,147 @@ def check_messages(variant, actor_path, shards, tasks):
     if missing:
         raise UserError(f"{shards.directory} has no message for {len(missing)} tasks, the first "
                         f"{missing[0]}: run collect.py on these tasks, or give --sender")
-    if variant in LATENT_VARIANTS and shards.hidden_size != sender_width(info):
-        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of "
-                        f"{actor_path} reads {sender_width(info)}: collect with its own sender, "
-                        f"{info.get('sender')}")
+    width = info["adapter"]["arguments"]["sender_dim"] if latent else shards.hidden_size
+    if shards.hidden_size != width:
+        raise UserError(f"{shards.directory} has messages {shards.hidden_size} wide, the adapter of {actor} reads "
+                        f"{width}: collect with the sender it learned")
     empty = [task["id"] for task in tasks if not shards.records[task["id"]]["plan"].strip()]
     if variant in TEXT_VARIANTS and empty:
         raise UserError(f"{shards.directory}: id {empty[0]} has an empty plan, so there is no text to "
                         f"send: latent steps write none, give --hidden_data with plans")
 
 
-def check_settings(directory, settings, flag):
-    """Raises UserError if a directory has results of other settings, which its settings.json keeps.
+def check_sender(messages, actor_path):
+    """Raises UserError where an actor has not learned to read such messages. messages: some of their settings,
+    as in `LatentShards.sender`."""
+    learned = read_info(actor_path).get("sender")
+    if not learned or messages.get("teacher") and messages["teacher"] == fingerprint(actor_path):
+        return  # a student that was trained over this very actor is its own
+    names = ["fingerprint", "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps"]
+    differ = [name for name in names if name in messages and messages[name] != learned.get(name)]
+    if differ:
+        raise UserError(f"{actor_path} learned to read {learned['model']}, these are messages of "
+                        f"{messages['model']} (other {', '.join(differ)}): to read them on purpose collect "
+                        f"them and give --messages NAME=DIR")
 
-    settings: {name of a flag: value, "weights": {path: fingerprint}}; flag: the directory's own flag."""
+
+def check_settings(output, flags, but=()):
+    """What settings.json keeps: {flag: value} and "contents", the fingerprints of what is at the flags' paths. `but`:
+    no settings, as NOT_SETTINGS. Raises UserError where --`output` is in an input or has results of others."""
+    directory = flags[output]
+    contents = {}
+    for name in ("model_path", "baseline_path", "hidden_data", "sender", "messages", "dataset"):
+        value = flags.get(name) or []
+        paths = [value] if isinstance(value, str) else value
+        if name == "messages":
+            paths = [pair.partition("=")[2] for pair in paths]
+        check_output(f"--{output}", directory, paths)
+        contents[name] = list(map(fingerprint, paths))
+    settings = {name: value for name, value in flags.items() if name not in (output, *NOT_SETTINGS, *but)}
+    settings = json.loads(json.dumps(settings | {"contents": contents}))  # as they will be read again
     path = os.path.join(directory, "settings.json")
-    if not os.path.exists(path):
-        return
-    before = read_json(path)
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    names = {name: f"--{name}" for name in settings}
-    names["weights"] = "set of weights in --model_path or --baseline_path"
-    if changed:
-        raise UserError(f"{directory} has results with another {', '.join(names[n] for n in changed)}: "
-                        f"give another {flag}")
+    if os.path.exists(path):
+        changed = changed_settings(read_json(path), settings)
+        if changed:
+            raise UserError(f"{directory} has results with another {changed}: give another --{output}")
+    return settings
 
 
 # -------------------------------------------------------------------------------------------------------
 # 3. Messages
 
-def collect_messages(preset, sender, output_dir, latent_steps=(), **flags):
+# flags that `collect_messages` takes
+SENDER_FLAGS = ("sender", "latent_steps", "prompt_template", "max_plan_tokens", "sender_batch_size", "seed",
+                "torch_dtype", "chat_template_kwargs", "trust_remote_code", "self_check")
+
+
+def collect_messages(tasks, actor_path, output_dir, *, sender, latent_steps=(), prompt_template=None,
+                     chat_template_kwargs=None, max_plan_tokens=512, sender_batch_size=16, **options):
     """Stage 1 on the tasks of an evaluation -> {suffix of the label: LatentShards}, one for each K.
 
-    preset: the first word of collect.py's command line; flags: its flags, as `command_line` takes them.
-    The messages go to output_dir/messages, output_dir/messages_k8, ..., where a restart finds them."""
+    tasks: this rank's; options: more of `collect`. A sender is asked as the actor's own was, unless the flags say
+    otherwise; its messages go to output_dir/messages, messages_k8, ... Raises UserError, before a model is
+    loaded, for a sender that the actor did not learn from."""
+    bridge, learned = read_bridge(sender), read_info(actor_path).get("sender") or {}
+    told = {"model": sender, "fingerprint": fingerprint(sender), "teacher": bridge.get("teacher")}
+    check_sender(told, actor_path)
+    if not latent_steps and not bridge:
+        prompt_template = prompt_template or learned.get("prompt_template")
+        chat_template_kwargs = chat_template_kwargs or learned.get("chat_template_kwargs")
+        options["chat_template"] = learned.get("chat_template", "auto")
     messages = {}
-    for steps in latent_steps or [None]:
+    for steps in latent_steps or [bridge.get("K")]:
         suffix = f"_k{steps}" if steps else ""
         directory = os.path.join(output_dir, "messages" + suffix)
-        flags |= {"model_name_or_path": sender, "output_dir": directory, "latent_steps": steps}
-        collect.main([preset, *command_line(flags)])
+        collect(tasks, directory, model_name_or_path=sender, latent_steps=steps, max_new_tokens=max_plan_tokens,
+                prompt_template=prompt_template, chat_template_kwargs=chat_template_kwargs,
+                batch_size=sender_batch_size, **options)
         if dist.is_initialized():  # every rank writes a part of the messages and reads all of them
             dist.barrier()
         messages[suffix] = open_shards(directory)
     return messages
 
 
-def command_line(flags):
-    """{"K": 8, "subjects": ["Algebra", "Geometry"], "seed": None} -> --K 8 --subjects Algebra Geometry.
-
-    A list of words. None and tuples (names of fields to try: a default) are left out, a dict is JSON."""
-    argv = []
-    for name, value in flags.items():
-        if value is None or isinstance(value, tuple):
-            continue
-        argv.append(f"--{name}")
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        argv += map(str, value) if isinstance(value, list) else [str(value)]
-    return argv
-
-
-def message_sample(actor, messages, n, tasks, seed, variant, shards=None, keep=1.0):
-    """The first prompt of task n under a variant: a sample for `collate`, without labels.
-
-    messages: the conversation so far, one human turn (after an optional system turn);
-    tasks: [{"id", "task", ...}]; variant, shards, keep: a row of `table_rows`."""
+def message_sample(actor, turns, n, tasks, seed, /, *, variant, shards=None, keep=1.0, **unused):
+    """The first prompt of task n under a variant -> (a sample for `collate`, without labels; what a record keeps
+    of its message). turns: the conversation so far, one human turn; the rest: a row of `table_rows`."""
     task_id = tasks[n]["id"]
-    if variant in SILENT_VARIANTS:
-        before, after = encode_prompt(actor.tokenizer, messages, where=task_id)
-        return build_sample(before, after, [-100] * len(after))
+    plan_ids, latents = (), None
     announcement = actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT)
-    before, after = encode_prompt(actor.tokenizer, messages, announcement, where=task_id)
+    if variant in SILENT_VARIANTS:
+        announcement = None
     if variant in TEXT_VARIANTS:
         record = shards.records[task_id]
         plan_ids = plan_ids_for(actor.tokenizer, record["plan"], record["plan_token_ids"])
-        return build_sample(before, after, [-100] * len(after), plan_ids=plan_ids, ratio=1.0)
-    if variant == "cross_task":
+    elif variant == "cross_task":
         texts = [task["task"] for task in tasks]
         with_message = [i for i, task in enumerate(tasks) if task["id"] in shards]
         other = another_task(n, texts, with_message, "cross_task", seed, task_id)
         latents = shards[tasks[other]["id"]]
-    elif variant in PERTURBATIONS:
-        latents = perturb(variant, shards[task_id], seed, task_id)
-    else:
+    elif variant in LATENT_VARIANTS:
         latents = shards[task_id]
-    latents = latents[:round(keep * len(latents))]  # (L, d_s)
-    return build_sample(before, after, [-100] * len(after), latents=latents)
+    if variant in PERTURBATIONS:
+        latents = perturb(variant, latents, seed, task_id)
+    if latents is not None:
+        latents = latents[:round(keep * len(latents))]  # (L, d_s)
+    part = encode_prompt(actor.tokenizer, turns, announcement, where=task_id)
+    before, after = part["before"], part["after"]
+    ratio = 0.0 if variant in LATENT_VARIANTS else 1.0  # the share that is shown as words
+    sample = build_sample(before, after, [-100] * len(after), plan_ids, latents, ratio)
+    length = len(sample["input_ids"]) - len(before) - len(after)  # positions
+    sender_ms = shards.records[task_id]["sender_ms"] if length else 0.0
+    return sample, {"message_length": length, "sender_ms": sender_ms}
+
+
+# -------------------------------------------------------------------------------------------------------
+# 4. Results
+
+def split_by(records, key):
+    """{value of the key: its records}, in their order."""
+    parts = {}
+    for record in records:
+        parts.setdefault(record[key], []).append(record)
+    return parts
+
+
+def mean_of(records, key):
+    return statistics.fmean(record[key] for record in records) if records else None
+
+
+def write_results(directory, settings, rows, summary, table, score, xlabel, title):
+    """summary.json, results.png, which shows the figure `score`, and the table on screen. summary: {label:
+    figures}; table: {heading: "figure format"}. "-" stands for a figure that there is not."""
+    actors = {label: row["actor"] for label, row in rows.items()}
+    content = {"settings": settings, "actors": actors, "variants": summary}
+    write_json(os.path.join(directory, "summary.json"), content)
+    values, intervals = zip(*[(figures[score], figures["interval"]) for figures in summary.values()])
+    plot_bars(os.path.join(directory, "results.png"), list(summary), values, intervals, xlabel, title)
+    print(f"\n{'variant':24s}" + "".join(f"{heading:>10s}" for heading in table))
+    for label, figures in summary.items():
+        figures = figures | dict(zip(("low", "high"), figures["interval"]))
+        line = f"{label:24s}"
+        for column in table.values():
+            name, form = column.split()
+            value = figures.get(name)
+            line += f"{'-' if value is None else format(value, form):>10s}"
+        print(line)

@@ -2,9 +2,9 @@
 ALFWorld's own games on two cores: a language model of 1.5 million parameters, made from scratch.
 
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
-  python examples/alfworld_small.py --fast              nine minutes on 2 cores: shows that it runs
-  python examples/alfworld_small.py                     two hours on 2 cores
-  python examples/alfworld_small.py --seeds 0 1 2       three seeds, pooled
+  python examples/alfworld_small.py --fast              # nine minutes on 2 cores: shows that it runs
+  python examples/alfworld_small.py                     # two hours on 2 cores
+  python examples/alfworld_small.py --seeds 0 1 2       # three seeds, pooled
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was.
 
@@ -17,12 +17,13 @@ as the paper's two agents do, reads the room and the goal only:
     its plan       take fork 3 from diningtable 1, clean it with sinkbasin 1, put it in drawer 1.
 
     1. the demonstrations   conversations that win the 3,554 training games; assets/ has what was made by
-                            python games.py demonstrate --split train --output_dir d && xz -9e d/*.jsonl
+                            python examples/alfworld_house.py demonstrate --split train --output_dir d
+                            and xz -9e d/*.jsonl
     2. language models      from scratch: to plan, to act with a plan in words, to search without one
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
     4. the report           alfworld.json, a table, alfworld.png
 """
-import argparse
+import functools
 import lzma
 import os
 import platform
@@ -38,15 +39,14 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import (  # noqa: E402
-    Parser, atomic_path, one_line_errors, plot_bars, progress, read_json, remove, wilson_interval, write_json,
-    write_text)
+    atomic_path, one_line_errors, plot_bars, progress, read_json, remove, wilson_interval, write_json, write_text)
 from data import Conversations  # noqa: E402
-from demo import build_tokenizer, open_output, stage_once  # noqa: E402
+from examples.scratch import (  # noqa: E402
+    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, once, open_output, stage)
 from games import open_split  # noqa: E402
-from model import collate, load_tokenizer, open_shards  # noqa: E402
+from model import collate, open_shards  # noqa: E402
 
 SPLITS = ["valid_seen", "valid_unseen"]
-ANNOUNCEMENT = "plan :"
 SAVE_STEPS = 50  # of the language models
 SHAPE = {
     "hidden_size": 192,
@@ -99,7 +99,7 @@ def write_told(out, sender):
 
 def make_tokenizer(out):
     """One token for each word of the training games; commas and full stops are words."""
-    texts = [ANNOUNCEMENT]
+    texts = [PLAN_ANNOUNCEMENT]
     for record in [*read_json(f"{out}/train_direct.jsonl"), *read_json(f"{out}/train_search.jsonl")]:
         texts += [record.get("sender_task", ""), record.get("plan", "")]
         texts += [turn["value"] for turn in record["conversations"]]
@@ -107,7 +107,8 @@ def make_tokenizer(out):
     punctuation = pre_tokenizers.Split(Regex("[.,]"), "isolated")
     split = pre_tokenizers.Sequence([punctuation, pre_tokenizers.WhitespaceSplit()])
     tokenizer.backend_tokenizer.pre_tokenizer = split
-    tokenizer.save_pretrained(f"{out}/tokenizer")
+    tokenizer.chat_template_kwargs = {}  # nothing for its template, as hf.py's load_tokenizer would say
+    return tokenizer
 
 
 def make_lm(config_class, lm_class, tokenizer, seed):
@@ -127,10 +128,10 @@ def make_lm(config_class, lm_class, tokenizer, seed):
 
 
 def train_lm(path, lm, tokenizer, groups, seed, steps):
-    """Train a model into a directory, unless it is there.
+    """Train a model into a directory, unless it is there; after a kill from where it was.
 
-    groups: [(Conversations, how a plan is given, samples in a step)]; each is a batch of its own, because the
-    conversations of different groups differ in length."""
+    groups: [(Conversations, kind of their messages, samples in a step)]; each is a batch of its own, because
+    the conversations of different groups differ in length."""
     if os.path.isdir(path):
         return
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -142,10 +143,11 @@ def train_lm(path, lm, tokenizer, groups, seed, steps):
             part.load_state_dict(state)
 
     name = os.path.basename(path)
-    for step in progress(range(first, steps), desc=f"train {name} from scratch", unit="step"):
+    bar = progress(range(first, steps), desc=f"train {name} from scratch", unit="step")
+    for step in bar:
         rng, losses = random.Random(f"{name} {seed} {step}"), []
-        for data, message, size in groups:
-            batch = collate([data.sample(n, message) for n in rng.choices(range(len(data)), k=size)])
+        for data, kind, size in groups:
+            batch = collate([data.sample(n, kind) for n in rng.choices(range(len(data)), k=size)])
             # no attention mask: the padding is on the right, where causal attention does not look
             loss = lm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
             loss.backward()
@@ -155,7 +157,7 @@ def train_lm(path, lm, tokenizer, groups, seed, steps):
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % SAVE_STEPS == 0:
-            progress.write(f"step {step + 1}/{steps} losses {' '.join(losses)}")
+            bar.write(f"step {step + 1}/{steps} losses {' '.join(losses)}")
             with atomic_path(checkpoint) as temporary:
                 torch.save((step + 1, [part.state_dict() for part in parts]), temporary)
 
@@ -167,19 +169,17 @@ def train_lm(path, lm, tokenizer, groups, seed, steps):
 
 def language_models(out, seed, sizes):
     """{out}/base, sender and start of the actors, and {out}/llama, a sender of another family."""
-    if not os.path.isdir(f"{out}/llama"):
-        write_planning(out)
-        make_tokenizer(out)
-        tokenizer = load_tokenizer(f"{out}/tokenizer")
-        planning = Conversations(f"{out}/planning.json", tokenizer, message="none")
-        direct = Conversations(f"{out}/train_direct.jsonl", tokenizer, message="text", announcement=ANNOUNCEMENT,
-                               task_turn=2)
-        search = Conversations(f"{out}/train_search.jsonl", tokenizer, message="none", task_turn=2)
-        groups = [(direct, "text", 12), (search, "none", 4), (planning, "none", 12)]
-        base = make_lm(Qwen2Config, Qwen2ForCausalLM, tokenizer, seed)
-        train_lm(f"{out}/base", base, tokenizer, groups, seed, sizes["base"])
-        llama = make_lm(LlamaConfig, LlamaForCausalLM, tokenizer, seed + 1000)
-        train_lm(f"{out}/llama", llama, tokenizer, [(planning, "none", 24)], seed, sizes["llama"])
+    write_planning(out)
+    tokenizer = make_tokenizer(out)
+    planning = Conversations(f"{out}/planning.json", tokenizer, kind="none")
+    direct = Conversations(f"{out}/train_direct.jsonl", tokenizer, kind="text", announcement=PLAN_ANNOUNCEMENT,
+                           task_turn=2)
+    search = Conversations(f"{out}/train_search.jsonl", tokenizer, kind="none", task_turn=2)
+    groups = [(direct, "text", 12), (search, "none", 4), (planning, "none", 12)]
+    base = make_lm(Qwen2Config, Qwen2ForCausalLM, tokenizer, seed)
+    train_lm(f"{out}/base", base, tokenizer, groups, seed, sizes["base"])
+    llama = make_lm(LlamaConfig, LlamaForCausalLM, tokenizer, seed + 1000)
+    train_lm(f"{out}/llama", llama, tokenizer, [(planning, "none", 24)], seed, sizes["llama"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,23 +187,20 @@ def language_models(out, seed, sizes):
 
 def one_seed(out, seed, sizes, from_games):
     """Every stage -> {split: {row: the evaluator's figures}}."""
-    values = {"seed": seed, "announcement": ANNOUNCEMENT, **sizes}
-
-    def run(stage, command, **more):
-        stage_once(out, values | more, stage, command)
+    run = functools.partial(stage, out, seed=seed, **sizes)
 
     # --- demonstrations, and the models that learn from them
     if from_games:
-        run("demonstrations", "games.py demonstrate --split train --output_dir {out}")
-    elif not os.path.exists(f"{out}/train_search.jsonl"):
-        unpack_demonstrations(out)
-    language_models(out, seed, sizes)
+        run("demonstrations", "examples/alfworld_house.py demonstrate --split train --output_dir {out}")
+    else:
+        once(out, "demonstrations", functools.partial(unpack_demonstrations, out))
+    once(out, "language models", functools.partial(language_models, out, seed, sizes))
 
     # --- stage 1: the messages of both senders
     collect = """collect.py custom --model_name_or_path {out}/{sender} --prompt_template '{{task}}'
         --max_new_tokens 40 --batch_size 140 --torch_dtype fp32 --output_dir {out}/{name}_{split} """
     from_file = collect + "--dataset_path {out}/train_direct.jsonl --task_field sender_task"
-    from_game = collect + "--env alfworld --split {split} --sender_knows place --max_samples {games}"
+    from_game = collect + "--env examples.alfworld_house:SeenHouse --split {split} --max_samples {games}"
     for sender in ("base", "llama"):
         run(f"{sender}, train", from_file, sender=sender, name=sender, split="train")
         for split in SPLITS:
@@ -211,7 +208,7 @@ def one_seed(out, seed, sizes, from_games):
         write_told(out, sender)
 
     # --- stage 2: an actor for each sender, and one that has learned to search without messages
-    train = """train_actor.py --model_name_or_path {out}/base --task_turn 2 --plan_announcement {announcement}
+    train = """train_actor.py --model_name_or_path {out}/base --task_turn 2 --plan_announcement 'plan :'
         --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 16 --learning_rate 1e-3
         --adam_beta2 0.98 --eval_ratio 0.03 --eval_steps 40 --save_steps 20 --logging_steps 10
         --seed {seed} """
@@ -232,27 +229,29 @@ def one_seed(out, seed, sizes, from_games):
         --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.03 --eval_steps 200
         --save_steps 100 --logging_steps 20 --seed {seed}""")
 
-    # --- stage 4: play; rows that need another sender or other messages have a table of their own
-    play = """eval_alfworld.py --env alfworld --split {split} --num_episodes {games}
-        --model_path {out}/base_actor --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed}
+    # --- stage 4: play; rows that need another sender or another actor have a table of their own
+    play = """eval_alfworld.py --env examples.alfworld_house:SeenHouse --split {split} --num_episodes {games}
+        --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed}
         --output_path {out}/play/{table}_{split} """
-    thinking = "--latent_steps 8 --sender_knows place --prompt_template '{{task}}' --sender {out}/"
     tables = {
-        "main": """--hidden_data {out}/base_{split} --cross_hidden_data {out}/llama_{split}
-            --baseline_path {out}/search_actor {out}/llama_actor
-            --variants latent text no_comm no_cot cross_task randomrot whitenoise qwen2llama""",
-        "keep8": "--hidden_data {out}/cut_{split}",
-        "k8": thinking + "student",
-        "k8_untrained": thinking + "base",
+        "main": """--model_path {out}/base_actor --hidden_data {out}/base_{split}
+            --baseline_path {out}/search_actor
+            --variants latent text no_comm no_cot cross_task randomrot whitenoise
+            --messages keep8={out}/keep8_{split} k8_untrained={out}/untrained_{split}""",
+        "llama": "--model_path {out}/llama_actor --hidden_data {out}/llama_{split}",
+        "k8": "--model_path {out}/base_actor --sender {out}/student",
     }
-    results = {split: {} for split in SPLITS}
+    results = {}
     for split in SPLITS:
-        run(f"first 8 states, {split}", from_game + " --c 8", sender="base", name="cut", split=split)
+        run(f"first 8 states, {split}", from_game + " --c 8", sender="base", name="keep8", split=split)
+        run(f"8 steps, untrained, {split}", from_game + " --latent_steps 8", sender="base", name="untrained",
+            split=split)
+        rows = {}
         for table, flags in tables.items():
             run(f"play {table}, {split}", play + flags, split=split, table=table)
-            rows = read_json(f"{out}/play/{table}_{split}/summary.json")["variants"]
-            for row, figures in rows.items():
-                results[split][row if table == "main" else table] = figures
+            variants = read_json(f"{out}/play/{table}_{split}/summary.json")["variants"]
+            rows |= variants if table == "main" else {table: next(iter(variants.values()))}
+        results[split] = {row: rows[row] for row in MEANING}
     return results
 
 
@@ -267,7 +266,7 @@ MEANING = {
     "cross_task": "another game's states",
     "randomrot": "states rotated at random",
     "whitenoise": "states in noise of their power",
-    "qwen2llama": "a Llama's states, an actor that learned them",
+    "llama": "a Llama's states, an actor that learned them",
     "keep8": "the first 8 states",
     "k8": "8 latent steps, trained",
     "k8_untrained": "8 latent steps, untrained",
@@ -311,26 +310,24 @@ def report(out, results, sizes, seconds):
     hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
     write_json(f"{out}/alfworld.json", {"command": " ".join(sys.argv), "machine": machine, "hours": hours,
                                         "sizes": sizes, "seconds": seconds, "pooled": tables, "seeds": results})
-    print(f"\nhours by seed, the making of the two language models not counted: {hours}\n"
-          f"wrote {out}/alfworld.json and {out}/alfworld.png")
+    print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
+
+
+def get_args(argv):
+    parser = demo_parser("alfworld_small.py", __doc__, "alfworld_out", "20 games of each split, weak models")
+    parser.flag("--seeds", [0], "of the models and of all that is drawn; the table pools them", nargs="+", type=int)
+    parser.add_argument("--from_games", action="store_true", help="play the training games anew for their "
+                        "demonstrations, an hour, instead of unpacking those of assets/")
+    return parser.parse_args(argv)
 
 
 @one_line_errors("alfworld_small.py")
 def main(argv=None):
-    parser = Parser(prog="alfworld_small.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="alfworld_out",
-                        help="models, messages and results; a stage that is done there is not run again")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the models and of all that is drawn")
-    parser.add_argument("--from_games", action="store_true",
-                        help="play the training games anew for their demonstrations, an hour, instead of assets/")
-    parser.add_argument("--fast", action="store_true", help="20 games of each split, models that hardly learned")
-    parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
-    args = parser.parse_args(argv)
+    args = get_args(argv)
     for split in SPLITS:
         open_split("alfworld", split)  # an hour from now it would be late to say that they are missing
     out, sizes = args.output_dir, SIZES[args.fast]
-    open_output(out, {"sizes": sizes, "from_games": args.from_games}, args.fresh)
+    open_output(out, {"example": "alfworld_small", "sizes": sizes, "from_games": args.from_games}, args.fresh)
 
     results, seconds = {}, {}
     for seed in args.seeds:

@@ -8,8 +8,8 @@ Type this at the top of the repository; half a minute in all on a CPU:
       --prompt_template '{task}' --max_new_tokens 12 --batch_size 100 --torch_dtype fp32 \\
       --output_dir safe/messages
   python train_actor.py --model_name_or_path safe/base --train_file safe/train.json \\
-      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 200 \\
-      --global_batch_size 32 --per_device_train_batch_size 32 \\
+      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 250 \\
+      --global_batch_size 32 --per_device_train_batch_size 32 --curriculum 0 1 \\
       --learning_rate 1e-3 --adapter_learning_rate 3e-3 --logging_steps 50
   python eval_alfworld.py --env examples.safe:Safe --split test --model_path safe/actor \\
       --sender safe/sender --prompt_template '{task}' --max_plan_tokens 12 \\
@@ -18,20 +18,23 @@ Type this at the top of the repository; half a minute in all on a CPU:
   python collect.py inspect safe/messages --id 001 --model_name_or_path safe/sender
 
 The actor then dials codes that it was never trained on and that only the states of `dial 1 2 3` can tell it:
-latent and text near 1, no_comm and cross_task near 0. With real models, their names replace safe/sender and
-safe/base, the flags from --max_steps to --adapter_learning_rate go, and so does the second half of this file.
+latent and text near 1, no_comm and cross_task near 0. (--curriculum 0 1: a message is all states or all words,
+which so small an actor learns twice as fast as the paper's mixtures.) With real models, their names replace
+safe/sender and safe/base, the flags from --max_steps to --adapter_learning_rate go, and so does the second half
+of this file.
 """
 import os
 import random
 import sys
 
+import torch
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
-from common import write_json  # noqa: E402
-from demo import build_tokenizer, train_lm  # noqa: E402
+from common import Parser, one_line_errors, write_json  # noqa: E402
+from examples.scratch import PLAN_ANNOUNCEMENT, build_tokenizer, one_turn, train_lm  # noqa: E402
 
 FRONT = "you stand in front of a safe with three dials ."
-ANNOUNCEMENT = "plan :"
 CODES = [" ".join(f"{number:03d}") for number in range(1000)]  # 7 -> 0 0 7
 random.Random(0).shuffle(CODES)
 
@@ -39,7 +42,7 @@ random.Random(0).shuffle(CODES)
 # `task` is what the sender reads, `reset` gives what the actor reads first, `step` answers its replies
 class Safe:
     def tasks(self, split):
-        codes = CODES[:200] if split == "test" else CODES[200:]
+        codes = {"test": CODES[:200], "train": CODES[200:]}[split]
         return [{"id": code.replace(" ", ""), "code": code, "task": f"the code is {code} . pass it on ."}
                 for code in codes]
 
@@ -54,43 +57,47 @@ class Safe:
 
 
 # --------------------------------------------------------------------------------------------------
-# Two tiny language models, made from scratch. A sample of theirs is a list of (text, supervised?)
+# Two tiny language models, made from scratch
 
 def sender_samples(rng):
     """A step of the sender: it passes the code on."""
-    samples = []
-    for task in rng.choices(Safe().tasks("train"), k=16):
-        prompt = f"<user> {task['task']} <eos> <assistant>"
-        samples.append([(prompt, False), (f"dial {task['code']} <eos>", True)])
-    return samples
+    tasks = rng.choices(Safe().tasks("train"), k=16)
+    return [one_turn(task["task"], f"dial {task['code']}") for task in tasks]
 
 
 def actor_samples(rng):
     """A step of the actor: it dials what a plan in words says, and guesses where there is none."""
     samples = []
     for n, task in enumerate(rng.choices(Safe().tasks("train"), k=16)):
-        plan = f"{ANNOUNCEMENT} <bop> dial {task['code']} <eop>" if n % 2 else ""
-        prompt = f"<user> {FRONT} {plan} <eos> <assistant>"
-        samples.append([(prompt, False), (f"{task['code']} <eos>", True)])
+        plan = f"dial {task['code']}" if n % 2 else None
+        samples.append(one_turn(FRONT, task["code"], plan))
     return samples
 
 
-def main(directory="safe", steps=250):
+@one_line_errors("safe.py")
+def main(argv=None):
+    parser = Parser(prog="safe.py", description=__doc__)
+    parser.flag("--output_dir", "safe", "gets train.json, sender and base")
+    parser.flag("--steps", 250, "of each model's training")
+    parser.flag("--seed", 0, "of both models")
+    args = parser.parse_args(argv)
+
     # --- what train_actor.py reads: the first turn, and what an expert says to it
     demonstrations = []
     for task in Safe().tasks("train"):
         first = {"from": "human", "value": Safe().reset(task)}
         reply = {"from": "gpt", "value": task["code"]}
         demonstrations.append({"id": task["id"], "conversations": [first, reply]})
-    write_json(f"{directory}/train.json", demonstrations)
+    write_json(f"{args.output_dir}/train.json", demonstrations)
 
     # --- two models that share no parameter
+    torch.set_num_threads(1)  # the matrices are tiny: a second thread waits more than it computes
     words = "the code is pass it on dial opens nothing moves 0 1 2 3 4 5 6 7 8 9"
-    tokenizer = build_tokenizer([FRONT, ANNOUNCEMENT, words])
+    tokenizer = build_tokenizer([FRONT, PLAN_ANNOUNCEMENT, words])
     for name, draw in (("sender", sender_samples), ("base", actor_samples)):
-        lm = train_lm(tokenizer, name, draw, seed=0, steps=steps)
-        lm.save_pretrained(f"{directory}/{name}")
-        tokenizer.save_pretrained(f"{directory}/{name}")
+        lm = train_lm(tokenizer, name, draw, args.seed, args.steps)
+        lm.save_pretrained(f"{args.output_dir}/{name}")
+        tokenizer.save_pretrained(f"{args.output_dir}/{name}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 A sender that is unsure: where a message says more than its own text.
 
-  python examples/unsure.py                      under ten minutes: latent, text and the controls
-  python examples/unsure.py --all                the rest of the table, three quarters of an hour more
-  python examples/unsure.py --all --seeds 0 1 2  as in assets/unsure.json and assets/unsure.png
+  python examples/unsure.py                      # under ten minutes: latent, text and the controls
+  python examples/unsure.py --all                # the rest of the table, three quarters of an hour more
+  python examples/unsure.py --all --seeds 0 1 2  # as in assets/unsure.json and assets/unsure.png
 
 Type this at the top of the repository. The sender's prompt names two places where a mug was seen, each as
 likely to be right, and its plan names one of them:
@@ -25,7 +25,6 @@ messages, --curriculum 0, and a few hundred steps in which nothing seems to happ
     3. the stages          each row of the table is an actor of train_actor.py, played by eval_alfworld.py
     4. the report          unsure.json, a table, unsure.png
 """
-import argparse
 import csv
 import functools
 import itertools
@@ -38,35 +37,37 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
-import demo  # noqa: E402
-from common import Parser, one_line_errors, read_json, save_figure, wilson_interval, write_json  # noqa: E402
-from demo import (  # noqa: E402
-    APPLIANCES, LOCATIONS, OBJECTS, PLACES, PLAN_ANNOUNCEMENT, TARGETS, TYPES, Household, build_tokenizer,
-    expert, goal, held_out, look_into, make_lm, open_output, stage_once)
-from model import lm_logits, load_lm, open_shards, write_shard  # noqa: E402
+from collect import inspect  # noqa: E402
+from common import one_line_errors, read_json, save_figure, wilson_interval, write_json  # noqa: E402
+from examples.household import (  # noqa: E402
+    APPLIANCES, LOCATIONS, OBJECTS, PLACES, TARGETS, TYPES, Household, conversation, expert, goal, held_out, look_into)
+from examples.scratch import (  # noqa: E402
+    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, once, one_turn, open_output, spans_of, stage)
+from hf import lm_logits, load_lm  # noqa: E402
+from model import free_name, open_shards, write_shard  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
-# 1. The world: the demo's household, where the object was seen at two places
+# 1. The world: the household, where the object was seen at two places
 
 EPISODES = {"train": 4000, "test": 300}
-KINDS = "|".join(sorted({location.split()[0] for location in LOCATIONS}))  # cabinet|coffeetable|...
-GOALS = {"train": [], "test": []}  # (type, object, target), shared out as in the demo
+NOUNS = "|".join(sorted({location.split()[0] for location in LOCATIONS}))  # cabinet|coffeetable|...
+GOALS = {"train": [], "test": []}  # (type, object, target), shared out as in household.py
 for combination in itertools.product(TYPES, OBJECTS, TARGETS):
     GOALS["test" if held_out(*combination) else "train"].append(combination)
 
 
 def one_word(text):
     """cabinet 3 -> cabinet3: one state of the sender speaks of the whole place."""
-    return re.sub(rf"\b({KINDS}) (\d)", r"\1\2", text)
+    return re.sub(rf"\b({NOUNS}) (\d)", r"\1\2", text)
 
 
 def two_words(text):
-    """cabinet3 -> cabinet 3, as the demo's household spells it."""
-    return re.sub(rf"\b({KINDS})(\d)", r"\1 \2", text)
+    """cabinet3 -> cabinet 3, as the household spells it."""
+    return re.sub(rf"\b({NOUNS})(\d)", r"\1 \2", text)
 
 
 class OneWord(Household):
-    """The demo's household. A task has two `places`; the object is at one of them, `place`."""
+    """The household. A task has two `places`; the object is at one of them, `place`."""
     spell = staticmethod(one_word)
     twice = False  # whether one place was seen twice; each sighting is as likely to be the right one
     reads_or = True  # whether the language model has read plans of two places before it reads latents
@@ -74,16 +75,16 @@ class OneWord(Household):
     def tasks(self, split):
         """"train-0", "test-0": the tasks of seed 0."""
         rng = random.Random(split)
-        kind, _ = split.split("-")
+        part, _ = split.split("-")
         tasks = []
-        for n in range(EPISODES[kind]):
-            task = self.draw(rng, kind)
+        for n in range(EPISODES[part]):
+            task = self.draw(rng, part)
             tasks.append({**task, "id": f"{split}-{n:04d}"})
         return tasks
 
-    def draw(self, rng, kind):
+    def draw(self, rng, part):
         """A random task of "train" or "test"."""
-        name, obj, target = rng.choice(GOALS[kind])
+        name, obj, target = rng.choice(GOALS[part])
         seen = rng.sample(PLACES, 2)
         seen += seen[:1] * self.twice
         rng.shuffle(seen)
@@ -106,6 +107,7 @@ class OneWord(Household):
         return self.spell(first)
 
     def step(self, action):
+        """An action is understood in either spelling."""
         observation, *rest = super().step(two_words(action))
         return self.spell(observation), *rest
 
@@ -141,17 +143,17 @@ WORLDS = {world.__name__: world() for world in (OneWord, BothWritten, NeverOr, T
 
 def plan(world, task, places):
     """A plan that names these places."""
-    kind, obj = task["type"], task["object"]
+    name, obj = task["type"], task["object"]
     steps = [f"take {obj} from {' or '.join(places)}"]
-    if kind in APPLIANCES:
-        steps.append(f"{kind} {obj} with {APPLIANCES[kind]}")
+    if name in APPLIANCES:
+        steps.append(f"{name} {obj} with {APPLIANCES[name]}")
     steps.append(f"put {obj} in/on {task['target']} 1")
     return world.spell(" , ".join(steps))
 
 
 def named_place(text):
     """The place that a plan names first, as the household spells it, or None."""
-    match = re.search(rf"from ({KINDS}) ?(\d)", text)
+    match = re.search(rf"from ({NOUNS}) ?(\d)", text)
     return f"{match[1]} {match[2]}" if match else None
 
 
@@ -171,53 +173,32 @@ def search(task, rng):
     return actions + expert(task)
 
 
-def conversation(world, task, actions):
-    """The episode as turns [{"from": "human" | "gpt", "value"}, ...]; it ends with the last action."""
-    turns = [{"from": "human", "value": world.reset(task)}]
-    for action in actions:
-        observation = world.step(action)[0]
-        turns += [{"from": "gpt", "value": world.spell(action)}, {"from": "human", "value": observation}]
-    return turns[:-1]
+def episode(world, task, actions):
+    """The episode as turns, in the spelling of this world."""
+    return conversation(world, task, [world.spell(action) for action in actions])
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. The language model: the sender, and where every actor starts
-
-def sender_sample(world, task):
-    """[(text, whether it is supervised), ...]: the sender reads the sightings and writes a plan."""
-    text = plan(world, task, world.written(task))
-    return [(f"<user> {task['task']} <eos> <assistant>", False), (f"{text} <eos>", True)]
-
-
-def actor_sample(world, task, actions, message=""):
-    """The actor reads a plan in words, if there is one, and acts."""
-    first, *turns = conversation(world, task, actions)
-    spans = [(f"<user> {first['value']} {message} <eos> <assistant>", False)]
-    for turn in turns:
-        if turn["from"] == "gpt":
-            spans.append((f"{turn['value']} <eos>", True))
-        else:
-            spans.append((f"<user> {turn['value']} <eos> <assistant>", False))
-    return spans
-
 
 def samples(world, rng):
     """draw(rng) for `train_lm`: a step teaches the sender or the actor, whose samples are five times as long.
 
     The actor knows plans of one place and plans of two, "cabinet3 or drawer5", before it reads any latents."""
     if rng.random() < 0.5:
-        return [sender_sample(world, world.draw(rng, "train")) for _ in range(32)]
+        tasks = [world.draw(rng, "train") for _ in range(32)]
+        return [one_turn(task["task"], plan(world, task, world.written(task))) for task in tasks]
     drawn = []
     for n in range(8):
         task = world.draw(rng, "train")
         places = task["places"] if n % 2 and world.reads_or else [rng.choice(task["places"])]
-        message = f"{PLAN_ANNOUNCEMENT} <bop> {plan(world, task, places)} <eop>"
-        drawn.append(actor_sample(world, task, demonstration(task, places[0]), message))
+        turns = episode(world, task, demonstration(task, places[0]))
+        drawn.append(spans_of(turns, plan(world, task, places)))
     while len(drawn) < 12:
         task = world.draw(rng, "train")
         actions = search(task, rng)
         if len(actions) <= 14:
-            drawn.append(actor_sample(world, task, actions))
+            drawn.append(spans_of(episode(world, task, actions)))
     return drawn
 
 
@@ -225,7 +206,7 @@ def vocabulary(world):
     """Every word of a world, from enough of its tasks."""
     texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
     for task in world.tasks("train-0"):
-        turns = conversation(world, task, demonstration(task, task["places"][0]))
+        turns = episode(world, task, demonstration(task, task["places"][0]))
         texts += [task["task"], plan(world, task, task["places"]), *(turn["value"] for turn in turns)]
     return texts
 
@@ -269,17 +250,14 @@ def variant_of(flags):
 def prepare(out, name, seed, sizes):
     """The language model, its plans and messages, and the demonstrations that follow them."""
     world = WORLDS[name]
-    if not os.path.exists(f"{out}/seconds.json"):
-        seconds = {}
-        draw = functools.partial(samples, world)
-        make_lm(seconds, f"{out}/base", build_tokenizer(vocabulary(world)), "base", draw, seed, sizes["base"])
-        write_json(f"{out}/seconds.json", seconds)
+    tokenizer, draw = build_tokenizer(vocabulary(world)), functools.partial(samples, world)
+    make_lm(f"{out}/base", tokenizer, "base", draw, seed, sizes["base"])
     for split in ("train", "test"):
-        values = {"world": name, "split": split, "seed": seed, "n": sizes[split]}
-        stage_once(out, values, f"collect {split}", """
+        stage(out, f"collect {split}", """
             collect.py custom --env examples.unsure:{world} --split {split}-{seed} --max_samples {n}
             --model_name_or_path {out}/base --prompt_template '{{task}}' --max_new_tokens 20 --batch_size 100
-            --torch_dtype fp32 --output_dir {out}/messages_{split}""")
+            --torch_dtype fp32 --output_dir {out}/messages_{split}""",
+              world=name, split=split, seed=seed, n=sizes[split])
 
     records = open_shards(f"{out}/messages_train").records
     demonstrations, n_named = [], 0
@@ -287,13 +265,13 @@ def prepare(out, name, seed, sizes):
         named = named_place(records[task["id"]]["plan"])
         n_named += named in task["places"]
         named = named if named in task["places"] else task["places"][0]
-        turns = conversation(world, task, demonstration(task, named))
+        turns = episode(world, task, demonstration(task, named))
         demonstrations.append({"id": task["id"], "conversations": turns})
     print(f"{n_named} of {len(demonstrations)} plans name one of the two places")
     write_json(f"{out}/train.json", demonstrations)
 
 
-def write_words(out, split, kind):
+def write_words(out, split, word):
     """Messages between word and state: each state becomes the sender's embedding of its likeliest word, or
     the mean embedding under its distribution (CIPHER, arXiv 2310.06272)."""
     shards = open_shards(f"{out}/messages_{split}")
@@ -303,39 +281,38 @@ def write_words(out, split, kind):
     for task_id in shards.records:
         with torch.no_grad():
             logits = lm_logits(lm, shards[task_id].float())  # (L, V)
-        if kind == "likeliest":
+        if word == "likeliest":
             latents[task_id] = table[logits.argmax(-1)]  # (L, D)
         else:
             latents[task_id] = logits.softmax(-1) @ table
-    target = f"{out}/{kind}_{split}"
-    os.makedirs(target, exist_ok=True)
-    sender = {**shards.sender, "vectors": f"{kind} word"}
-    write_shard(f"{target}/latents-rank00000-00000.safetensors", latents, shards.records, sender)
+    sender = {**shards.sender, "vectors": f"{word} word"}
+    write_shard(free_name(f"{out}/{word}_{split}"), latents, shards.records, sender)
 
 
 def train(out, folder, messages, flags, seed, sizes):
     """An actor; all of them have the same start, demonstrations and steps."""
-    values = {"folder": folder, "messages": messages, "seed": seed, **sizes}
-    stage_once(out, values, f"train {folder}", """
+    stage(out, f"train {folder}", """
         train_actor.py --model_name_or_path {out}/base --train_file {out}/train.json
         --hidden_data {out}/{messages}_train --output_dir {out}/{folder} --plan_announcement 'plan :'
         --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 32
         --learning_rate 1e-3 --adapter_learning_rate 3e-3 --adam_beta2 0.98
         --plan_similarity_weight 0 --random_contrast_weight 0 --eval_ratio 0.05 --eval_steps {every}
-        --save_steps {every} --save_total_limit 99 --logging_steps {every} --seed {seed} """ + flags)
+        --save_steps {every} --save_total_limit 99 --logging_steps {every} --seed {seed} """ + flags,
+          folder=folder, messages=messages, seed=seed, **sizes)
 
 
-def play(out, name, world, seed, sizes, model, messages, variants):
+def play(out, folder, world, seed, sizes, model, messages, variants):
     """Play the held-out tasks -> {variant: {"all" | "right" | "wrong": [successes, tasks]}}, by what the plan
     named: the right place or the wrong one."""
-    values = {"name": name, "world": world, "seed": seed, "model": model, "messages": messages, **sizes}
-    stage_once(out, values, f"play {name}", """
+    stage(out, f"play {folder}", """
         eval_alfworld.py --env examples.unsure:{world} --split test-{seed} --num_episodes {test}
         --model_path {out}/{model} --hidden_data {out}/{messages}_test --max_steps 10 --max_new_tokens 10
-        --batch_size {test} --torch_dtype fp32 --seed {seed} --output_path {out}/play/{name} --variants """ + variants)
+        --batch_size {test} --torch_dtype fp32 --seed {seed} --output_path {out}/play/{folder}
+        --variants """ + variants,
+          folder=folder, world=world, model=model, messages=messages, seed=seed, **sizes)
     right = plan_is_right(out, world, seed)
     counts = {}
-    with open(f"{out}/play/{name}/results.csv") as file:
+    with open(f"{out}/play/{folder}/results.csv") as file:
         for row in csv.DictReader(file):
             parts = counts.setdefault(row["variant"], {"all": [0, 0], "right": [0, 0], "wrong": [0, 0]})
             for part in ("all", "right" if right[row["id"]] else "wrong"):
@@ -378,9 +355,9 @@ def one_row(out, row, seed, sizes):
     folder, variant = folder_of(row), variant_of(flags)
     if not os.path.exists(f"{out}/train.json"):
         prepare(out, world, seed, sizes)
-    for split in ("train", "test"):
-        if not os.path.exists(f"{out}/{messages}_{split}"):
-            write_words(out, split, messages)
+    if messages != "messages":
+        for split in ("train", "test"):
+            once(out, f"{messages} {split}", functools.partial(write_words, out, split, messages))
     train(out, folder, messages, flags, seed, sizes)
 
     controls = CONTROLS if row == "latent" else {}
@@ -470,37 +447,34 @@ def plot(table, seeds, path):
     save_figure(figure, path)
 
 
+def get_args(argv):
+    parser = demo_parser("unsure.py", __doc__, "unsure_out", "seconds: shows that it runs, and nothing else")
+    parser.add_argument("--all", action="store_true", help="every row, not only latent, text and the controls")
+    parser.flag("--seeds", [0], "of the models, the tasks and all that is drawn; the table pools them", nargs="+",
+                type=int)
+    return parser.parse_args(argv)
+
+
 @one_line_errors("unsure.py")
 def main(argv=None):
-    parser = Parser(prog="unsure.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="unsure_out",
-                        help="models, messages and results; a stage that is done there is not run again")
-    parser.add_argument("--all", action="store_true", help="every row, not only latent, text and the controls")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0],
-                        help="of the models, the tasks and all that is drawn; the table pools them")
-    parser.add_argument("--fast", action="store_true", help="seconds: shows that it runs, and nothing else")
-    parser.add_argument("--fresh", action="store_true", help="delete --output_dir first")
-    args = parser.parse_args(argv)
+    args = get_args(argv)
     torch.set_num_threads(1)  # the matrices are tiny: a second thread waits more than it computes
+    out, sizes, seeds = args.output_dir, SIZES[args.fast], {}
+    open_output(out, {"example": "unsure", "sizes": sizes}, args.fresh)
 
     # --- every stage of every row
-    out, seeds = args.output_dir, {}
-    open_output(out, {"sizes": SIZES[args.fast]}, args.fresh)
     for seed in args.seeds:
         rows = list(ACTORS) if args.all else SHORT
-        seeds[seed] = one_seed(f"{out}/seed{seed}", rows, seed, SIZES[args.fast])
+        seeds[seed] = one_seed(f"{out}/seed{seed}", rows, seed, sizes)
 
     # --- a message whose plan names the wrong place: where the place is chosen, its state holds both
     path = f"{out}/seed{args.seeds[0]}/OneWord"
     right = plan_is_right(path, "OneWord", args.seeds[0])
-    task_id = min(right, key=right.get)  # False comes first
-    demo.stage({}, {"path": path, "id": task_id}, "inspect", """
-        collect.py inspect {path}/messages_test --id {id} --model_name_or_path {path}/base --top_k 3""")
+    inspect(f"{path}/messages_test", min(right, key=right.get), f"{path}/base", top_k=3)  # False comes first
 
     # --- what they showed
     table = pool(seeds)
-    write_json(f"{out}/unsure.json", {"sizes": SIZES[args.fast], "table": table, "seeds": seeds})
+    write_json(f"{out}/unsure.json", {"sizes": sizes, "table": table, "seeds": seeds})
     plot(table, seeds, f"{out}/unsure.png")
     print_table(table, seeds)
     print(f"\nwrote {out}/unsure.json and {out}/unsure.png")

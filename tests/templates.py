@@ -1,4 +1,4 @@
-"""Chat templates of nine families, each cut down to what it does with messages and a generation prompt."""
+"""Chat templates of ten families, each cut down to what it does with turns and a generation prompt."""
 
 # Qwen2.5's and SmolLM2's: a default system turn
 CHATML = r"""
@@ -98,6 +98,20 @@ MISTRAL = r"""
 {%- endfor %}"""
 MISTRAL3 = MISTRAL.replace(" [/INST]", "[/INST]")
 
+# a generation prompt that ends in a space
+VICUNA = r"""
+{{- '<s>' }}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- ' ASSISTANT: ' + m.content + '</s>' }}
+    {%- else %}
+        {{- ('' if m.role == 'system' else 'USER: ') + m.content }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- ' ASSISTANT: ' }}
+{%- endif %}"""
+
 GEMMA2 = r"""
 {{- '<bos>' }}
 {%- for m in messages %}
@@ -124,5 +138,7 @@ SPECIAL = {"chatml": (CHATML, CHATML_TOKENS, "<|im_end|>", None),
            "llama2": (LLAMA2, ["<s>", "</s>"], "</s>", "<s>"),
            "mistral": (MISTRAL, MISTRAL_TOKENS, "</s>", "<s>"),
            "mistral3": (MISTRAL3, MISTRAL_TOKENS, "</s>", "<s>"),
+           "vicuna": (VICUNA, ["<s>", "</s>"], "</s>", "<s>"),
            "gemma2": (GEMMA2, GEMMA_TOKENS, "<eos>", "<bos>")}
-SENTENCEPIECE = {"llama2": "always", "mistral3": "first", "gemma2": "never"}  # when a "▁" goes before a text
+# when a "▁" goes before a text
+SENTENCEPIECE = {"llama2": "always", "mistral3": "first", "vicuna": "never", "gemma2": "never"}

@@ -8,7 +8,8 @@ import torch
 from alfworld_fixture import make_games
 from common import read_json, write_text
 from examples import alfworld_small
-from model import load_lm, load_tokenizer, open_shards, write_shard
+from hf import load_lm, load_tokenizer
+from model import open_shards, write_shard
 
 pytest.importorskip("alfworld")
 pytestmark = pytest.mark.long
@@ -37,6 +38,10 @@ def test_every_row_of_both_splits(small):
         for figures in rows.values():
             assert figures["games"] == 2 and figures["crashed"] == 0
     assert {counts[1] for counts in result["pooled"]["all"].values()} == {4}
+    # the row of another family: a Llama's messages, and the actor that learned them
+    settings = read_json(f"{small}/seed0/play/llama_valid_seen/settings.json")
+    assert settings["model_path"].endswith("llama_actor") and settings["hidden_data"].endswith("llama_valid_seen")
+    assert read_json(f"{small}/seed0/llama/config.json")["model_type"] == "llama"
 
 
 def test_the_sender_knows_the_place_and_the_actor_does_not(small):
@@ -58,7 +63,6 @@ def test_an_actor_learns_from_what_its_message_says(tmp_path, said, learned):
     for n, drawer in enumerate(said):
         words = plan.format(drawer).replace(",", " ,").replace(".", " .")  # as the tokenizer decodes it
         records[str(n)] = {"task": "", "plan": words, "plan_token_ids": [0, 0, 0]}
-    os.makedirs(tmp_path / "base_train")
     write_shard(f"{tmp_path}/base_train/latents-rank00000-00000.safetensors", latents, records, {"hidden_size": 4})
     lines = [json.dumps({"id": str(n), "plan": plan.format(1)}) for n in range(4)]
     write_text(f"{tmp_path}/train_direct.jsonl", "\n".join(lines))
@@ -68,7 +72,7 @@ def test_an_actor_learns_from_what_its_message_says(tmp_path, said, learned):
 
 def test_no_word_of_the_games_is_unknown(small):
     seed = f"{small}/seed0"
-    tokenizer = load_tokenizer(f"{seed}/tokenizer")
+    tokenizer = load_tokenizer(f"{seed}/base")
     for record in read_json(f"{seed}/train_direct.jsonl"):
         for text in [record["sender_task"], record["plan"], *(turn["value"] for turn in record["conversations"])]:
             ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -1,33 +1,42 @@
 """The benchmark at a miniature shape: both sides do the same work, every row is complete, the GPU's command runs."""
 import json
 import math
+from functools import partial
 
 import pytest
+import torch
 
-import bench
-
-
-def rows_of(path):
-    with open(path) as file:
-        return json.load(file)["rows"]
+from examples import bench
 
 
-@pytest.mark.parametrize("name, count", [("collect", 1), ("compress", 3), ("eval", 1)])
+@pytest.mark.parametrize("name, count", [("collect", 1), ("compress", 3), ("eval", 1), ("gpu", 7)])
 def test_every_benchmark_writes_complete_rows(name, count, tmp_path):
-    bench.main([name, "--shape", "tiny", "--repeats", "1", "--json", str(tmp_path / "rows.json")])  # checks both sides
-    rows = rows_of(tmp_path / "rows.json")
+    """Also the one for a GPU, dry. The two sides of a row are compared there."""
+    path = tmp_path / "rows.json"
+    bench.main([name, "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
     assert len(rows) == count == len({row["name"] for row in rows})
     for row in rows:
-        assert row["ours_s"] > 0 and math.isclose(row["ratio"], row["plain_s"] / row["ours_s"])
+        assert row["ours_s"] > 0 and (row["plain_s"] or name == "gpu")
+        assert row["ratio"] is None or math.isclose(row["ratio"], row["plain_s"] / row["ours_s"])
 
 
 def test_both_training_steps_have_the_same_loss_for_two_steps():
     sizes = {"shape": "tiny", "device": "cpu", "tokens": 160, "n_labels": 20, "length": 12}
     ours, plain = bench.train_ours(**sizes), bench.train_plain(**sizes)
-    for _ in range(2):  # the second, after an update with the first one's gradient
-        bench.same("losses", ours(), plain(), tolerance=1e-3)
+    for _ in range(2):
+        bench.same(ours()[1], plain()[1])
 
 
-def test_the_command_for_a_gpu_runs_on_a_cpu(tmp_path):
-    bench.main(["gpu", "--shape", "tiny", "--device", "cpu", "--repeats", "1", "--json", str(tmp_path / "rows.json")])
-    assert len(rows_of(tmp_path / "rows.json")) >= 6
+def test_both_ways_to_store_keep_the_messages(tmp_path):
+    pytest.importorskip("pyarrow")
+    latents = {f"t{n}": torch.randn(3 + n, 8).bfloat16() for n in range(4)}
+    for write, read in ((partial(bench.write_ours, width=8), bench.read_ours), (bench.write_plain, bench.read_plain)):
+        write(str(tmp_path), latents)
+        again = read(str(tmp_path))
+        assert again.keys() == latents.keys() and all(torch.equal(again[k].bfloat16(), latents[k]) for k in latents)
+
+
+def test_sides_that_did_different_work_are_no_comparison():
+    with pytest.raises(AssertionError, match="different work"):
+        bench.compare("x", "cpu", 1, lambda: lambda: (1, [1, 2]), lambda: lambda: (1, [1, 3]))

@@ -1,23 +1,21 @@
-"""Stage 1: what is stored is what the sender thought, whatever the batch, the order, the ranks and the kills."""
+"""Stage 1: what is stored is what the sender thought, whatever the batch, the order and the ranks."""
 import json
 import os
-import signal
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import collect
 from collect import main
-from common import SIGTERM_EXIT, atomic_path
 from data import PLAN_PROMPT
-from model import DTYPES, LatentSender, LatentShards, load_lm
-from tiny import make_data, make_lm, make_tokenizer, save_model, write_tasks
+from hf import DTYPES, load_lm
+from model import LatentSender, LatentShards
+from tiny import make_lm, make_tokenizer, save_model, write_tasks
 
 N = 10
 SAMPLE = ["--do_sample", "true", "--temperature", "1.3", "--top_p", "0.95", "--top_k", "50"]
-KINDS = {"qwen2": "chatml", "llama": "llama3", "mistral": "mistral"}  # family of the model: its template
+TEMPLATES = {"qwen2": "chatml", "llama": "llama3", "mistral": "mistral"}  # of families
 
 
 class Game:
@@ -28,9 +26,16 @@ class Game:
         return [{"id": f"games/{name}", "task": f" find the {name}. ", "type": name[0]} for name in names]
 
 
+class Guided(Game):
+    """And one that tells the sender more than the actor."""
+
+    def sender_text(self, task):
+        return f"{task['task']} it is in drawer {len(task['task'])}."
+
+
 def save_sender(directory, family="qwen2"):
     """A tiny LM that often ends its plan: the output weights of its end-of-turn token are louder than the others."""
-    lm, tokenizer = make_lm(family), make_tokenizer(KINDS[family])
+    lm, tokenizer = make_lm(family), make_tokenizer(TEMPLATES[family])
     lm.lm_head.weight.data[tokenizer.eos_token_id] *= 3
     lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -40,7 +45,7 @@ def save_sender(directory, family="qwen2"):
 @pytest.fixture(scope="module")
 def senders(tmp_path_factory):
     root = tmp_path_factory.mktemp("senders")
-    return {family: save_sender(root / family, family) for family in KINDS}
+    return {family: save_sender(root / family, family) for family in TEMPLATES}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +56,18 @@ def tasks(tmp_path_factory):
 
 
 def argv(model, tasks, out, *more, preset="custom"):
-    """A command line; tasks None: --env, among `more`, says what to ask."""
-    source = [] if tasks is None else ["--dataset_path", str(tasks)]
-    return [preset, "--model_name_or_path", str(model), *source, "--output_dir", str(out), "--torch_dtype", "fp32",
-            "--max_new_tokens", "12", "--batch_size", "4", *map(str, more)]
+    return [preset, "--model_name_or_path", str(model), "--dataset_path", str(tasks), "--output_dir", str(out),
+            "--torch_dtype", "fp32", "--max_new_tokens", "12", "--batch_size", "4", *map(str, more)]
 
 
 def run(model, tasks, out, *more):
     main(argv(model, tasks, out, *more))
     return LatentShards(str(out))
+
+
+def write(path, records):
+    path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records))
+    return path
 
 
 def files_of(directory):
@@ -74,6 +82,13 @@ def prompt_ids(tokenizer, task, chat_template="auto", **template_kwargs):
     text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                          add_generation_prompt=True, **template_kwargs)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def assert_prompt(lm, ids, states):
+    """The first state is that of the prompt's last token."""
+    with torch.no_grad():
+        hidden_states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(states[0], hidden_states[0, -1], rtol=0, atol=1e-4)
 
 
 def assert_same(a, b, ids=None):
@@ -94,12 +109,13 @@ def reference(senders, tasks, tmp_path_factory):
 
 # ---- the states
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("decoding", [[], SAMPLE], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("chat_template", ["auto", "none"])
 def test_states_are_the_teacher_forced_ones(senders, tasks, tmp_path, family, decoding, chat_template):
+    """And a plan is what the model's own logits say: greedy up to its end of turn."""
     shards = run(senders[family], tasks, tmp_path / "o", "--chat_template", chat_template, *decoding)
-    lm, tokenizer = load_lm(senders[family]), make_tokenizer(KINDS[family])
+    lm, tokenizer = load_lm(senders[family]), make_tokenizer(TEMPLATES[family])
     assert set(shards.records) == {f"t{i}" for i in range(N)}
     for task_id, record in shards.records.items():
         ids = prompt_ids(tokenizer, record["task"], chat_template)
@@ -108,6 +124,10 @@ def test_states_are_the_teacher_forced_ones(senders, tasks, tmp_path, family, de
             out = lm(torch.tensor([ids + plan]), output_hidden_states=True)
         expected = out.hidden_states[-1][0, len(ids) - 1:-1]  # shifted by one
         torch.testing.assert_close(states, expected, rtol=0, atol=1e-4)
+        if not decoding:
+            logits = out.logits[0, len(ids) - 1:]
+            logits[0, tokenizer.eos_token_id] = -torch.inf  # a plan has at least one token
+            assert logits.argmax(-1).tolist()[:12] == (plan + [tokenizer.eos_token_id])[:12]
         assert states.shape == (len(plan), 32) and states.dtype == torch.float32 and plan
         assert tokenizer.eos_token_id not in plan
         assert record["plan"] == tokenizer.decode(plan, skip_special_tokens=True) and record["sender_ms"] > 0
@@ -116,59 +136,15 @@ def test_states_are_the_teacher_forced_ones(senders, tasks, tmp_path, family, de
         assert 12 > min(lengths) and len(set(lengths)) > 2  # prompts left the batch at different steps
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_greedy_plans_are_those_of_generate(senders, tasks, tmp_path, family):
-    shards = run(senders[family], tasks, tmp_path / "o")
-    lm, tokenizer = load_lm(senders[family]), make_tokenizer(KINDS[family])
-    for record in shards.records.values():
-        ids = torch.tensor([prompt_ids(tokenizer, record["task"])])
-        # a plan has at least one token
-        out = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
-                          min_new_tokens=1, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-        plan = out[0, ids.shape[1]:].tolist()
-        assert record["plan_token_ids"] == [t for t in plan if t != tokenizer.eos_token_id]
-
-
-HYBRIDS = {  # a part of their layers keeps a recurrent state instead of keys and values
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "qwen3_next": {"full_attention_interval": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-                   "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-                   "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
-              "mamba_n_groups": 1},
-    "mistral": {"sliding_window": 6}}  # and one that forgets what its window has passed
-
-
-@pytest.mark.parametrize("family", HYBRIDS)
-def test_any_cache_gives_each_prompt_what_it_says_alone(family):
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        family, vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, initializer_range=0.3, bos_token_id=None, eos_token_id=None,
-        pad_token_id=None, **HYBRIDS[family])).eval()
-    prompts = [torch.randint(60, (n,)).tolist() for n in (3, 9, 14, 7, 11)]
-    stop = list(range(0, 60, 6))
-    messages = collect.decode_plans(lm, prompts, range(5), stop, max_new_tokens=14)
-    assert len({len(plan) for plan, _, _ in messages}) > 2  # they leave the batch one after another
-    for prompt, (plan, states, _) in zip(prompts, messages):
-        alone = collect.decode_plans(lm, [prompt], [0], stop, max_new_tokens=14)[0]
-        assert alone[0] == plan
-        torch.testing.assert_close(alone[1], states, rtol=0, atol=1e-4)
-        with torch.no_grad():
-            out = lm.get_decoder()(input_ids=torch.tensor([prompt + plan]), use_cache=False)
-        torch.testing.assert_close(out.last_hidden_state[0, len(prompt) - 1:-1], states, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize("decoding", ["greedy", "sampled"])
 @pytest.mark.parametrize("how", ["batch 1", "batch 16", "reversed", "2 ranks", "other tasks"])
-def test_messages_do_not_depend_on_their_company(senders, tasks, reference, tmp_path, monkeypatch, how, kind):
-    more = SAMPLE if kind == "sampled" else []
+def test_messages_do_not_depend_on_their_company(senders, tasks, reference, tmp_path, monkeypatch, how, decoding):
+    more = SAMPLE if decoding == "sampled" else []
     if how.startswith("batch"):
         more = more + ["--batch_size", how.split()[1]]
+    records = json.load(open(tasks))[::-1]
     if how in ("reversed", "other tasks"):
-        records = json.load(open(tasks))[::-1]
-        tasks = tmp_path / "tasks.json"
-        tasks.write_text(json.dumps(records if how == "reversed" else records[2:5]))
+        tasks = write(tmp_path / "tasks.json", records if how == "reversed" else records[2:5])
     if how == "2 ranks":
         monkeypatch.setenv("WORLD_SIZE", "2")
         for rank in ("1", "0"):  # as the launcher would, one after the other: the ranks do not talk
@@ -179,7 +155,7 @@ def test_messages_do_not_depend_on_their_company(senders, tasks, reference, tmp_
     else:
         shards = run(senders["qwen2"], tasks, tmp_path / "o", *more)
     assert len(shards) == (3 if how == "other tasks" else N)
-    assert_same(shards, reference[kind], list(shards.records))
+    assert_same(shards, reference[decoding], list(shards.records))
 
 
 def test_seed_and_temperature_matter(senders, tasks, reference, tmp_path):
@@ -212,8 +188,8 @@ def test_c_cuts_the_states_only(senders, tasks, reference, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_stored_dtype(senders, tasks, tmp_path, dtype):
-    shards = run(senders["qwen2"], tasks, tmp_path / "o", "--torch_dtype", dtype, "--max_samples", 2)
-    assert all(shards[k].dtype == DTYPES[dtype] for k in shards.records) and shards.sender["dtype"] == dtype
+    shards = run(senders["qwen2"], tasks, tmp_path / "o", "--torch_dtype", dtype, "--max_samples", 1)
+    assert shards["t0"].dtype == DTYPES[dtype] and shards.sender["dtype"] == dtype
 
 
 def test_shards_are_readable_with_safetensors_alone(reference):
@@ -239,87 +215,50 @@ def test_latent_steps_of_an_untrained_model(senders, tasks, tmp_path, batch_size
         assert record["plan"] == "" and record["plan_token_ids"] == []
 
 
-# ---- stops and restarts
+# ---- what is there already
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("stop", ["max_samples", "decode", "write"])
-def test_restart_gives_the_uninterrupted_messages(senders, tasks, reference, tmp_path, monkeypatch, stop):
+def test_a_directory_is_continued(senders, tasks, reference, tmp_path, monkeypatch):
+    """On any number of ranks. What is there stays as it is; when nothing is missing, nothing is written."""
     out, more = tmp_path / "o", [*SAMPLE, "--batch_size", 2, "--shard_size_mb", 0.0001]
-    if stop == "max_samples":
-        run(senders["qwen2"], tasks, out, *more, "--max_samples", 3)
-    else:
-        name = {"decode": "decode_plans", "write": "write_shard"}[stop]
-        real, calls = getattr(collect, name), []
-
-        def dies(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == 3:
-                if stop == "write":  # half of a shard is on disk under its temporary name
-                    with atomic_path(args[0]) as temporary:
-                        open(temporary, "w").write("half")
-                        raise Killed
-                raise Killed
-            return real(*args, **kwargs)
-        with monkeypatch.context() as patch:
-            patch.setattr(collect, name, dies)
-            with pytest.raises(Killed):
-                run(senders["qwen2"], tasks, out, *more)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "1")
+        assert len(run(senders["qwen2"], tasks, out, *more, "--max_samples", 7)) == 3
     before = files_of(out)
-    assert 1 < len(LatentShards(str(out))) < N  # something is there, not everything
-    shards = run(senders["qwen2"], tasks, out, *more)  # an id twice would be an error
-    assert_same(shards, reference["sampled"])
+    assert_same(run(senders["qwen2"], tasks, out, *more), reference["sampled"])
     done = files_of(out)
-    assert before.items() <= done.items() and all(name.endswith(".safetensors") for name in done)
-    run(senders["qwen2"], tasks, out, *more)  # and nothing is left to do
+    assert before.items() < done.items()
+    run(senders["qwen2"], tasks, out, *more)
     assert files_of(out) == done
 
 
-def test_sigterm_keeps_what_was_collected(senders, tasks, reference, tmp_path, monkeypatch):
-    real = collect.decode_plans
-
-    def preempted(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
-        patch.setattr(collect, "decode_plans", preempted)
-        run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE)
-    assert exit_info.value.code == SIGTERM_EXIT and len(LatentShards(str(tmp_path / "o"))) == 4  # one batch
-    assert_same(run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE), reference["sampled"])
-
-
-def test_another_number_of_ranks_continues(senders, tasks, reference, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE)
-    monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.delenv("RANK")
-    assert_same(run(senders["qwen2"], tasks, tmp_path / "o", *SAMPLE), reference["sampled"])
+def test_from_python(senders, tasks, reference, tmp_path):
+    """The evaluators' way: one function with keyword arguments, the defaults of the flags."""
+    some = json.load(open(tasks))[:4]
+    collect.collect(some, str(tmp_path / "o"), model_name_or_path=senders["qwen2"], torch_dtype="fp32",
+                    max_new_tokens=12)
+    shards = LatentShards(str(tmp_path / "o"))
+    assert_same(shards, reference["greedy"], [task["id"] for task in some])
+    assert shards.sender == reference["greedy"].sender and len(shards) == 4
 
 
 # ---- data fields
-
-def write(path, records):
-    path.write_text("\n".join(map(json.dumps, records)) if path.suffix == ".jsonl" else json.dumps(records))
-    return path
-
 
 def test_alfworld_preset_and_conversations_index(senders, tmp_path):
     turns = [{"from": f, "value": v} for f, v in [("human", "instruction"), ("gpt", "OK"), ("human", " find a cup "),
                                                   ("gpt", "go")]]
     data = write(tmp_path / "sft.jsonl", [{"id": 7, "conversations": turns}])
     for preset, more, task in (("alfworld", [], "find a cup"), ("custom", [], "instruction"),
-                               ("custom", ["--conversations_index", -1], "go"),
-                               ("custom", ["--task_turn", 1], "OK")):
-        out = tmp_path / task
+                               ("custom", ["--conversations_index", 2], "find a cup"),
+                               ("alfworld", ["--task_turn", 0], "instruction")):
+        out = tmp_path / " ".join([preset, *map(str, more)])
         main(argv(senders["qwen2"], data, out, *more, preset=preset))
         assert LatentShards(str(out)).records["7"]["task"] == task
 
 
-def test_games_are_collected_under_their_own_ids(senders, tmp_path, monkeypatch):
-    whole = argv(senders["qwen2"], None, tmp_path / "o", "--env", "test_collect:Game", "--split", "test")
+@pytest.mark.parametrize("game", [Game, Guided])
+def test_games_are_collected_under_their_own_ids(senders, tmp_path, monkeypatch, game):
+    whole = argv(senders["qwen2"], "", tmp_path / "o", "--env", f"test_collect:{game.__name__}", "--split", "test")
     main([*whole, "--max_samples", "3"])
     assert len(LatentShards(str(tmp_path / "o"))) == 3
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -327,8 +266,9 @@ def test_games_are_collected_under_their_own_ids(senders, tmp_path, monkeypatch)
         monkeypatch.setenv("RANK", rank)
         main(whole)
     shards = LatentShards(str(tmp_path / "o"))
+    sender_text = getattr(game(), "sender_text", lambda task: task["task"])
     assert {k: (r["task"], r["type"]) for k, r in shards.records.items()} == {
-        game["id"]: (game["task"].strip(), game["type"]) for game in Game().tasks("test")}
+        task["id"]: (sender_text(task).strip(), task["type"]) for task in game().tasks("test")}
     assert all(name.endswith(".safetensors") for name in os.listdir(tmp_path / "o"))
 
 
@@ -336,11 +276,12 @@ def test_fields_and_train_json(senders, tmp_path):
     records = [{"uid": f"q{i}", "q": f"what is {i}?", "a": f"it is {i}", "level": i, "type": "x"} for i in range(3)]
     shards = run(senders["qwen2"], write(tmp_path / "d.json", records), tmp_path / "o", "--id_field", "uid",
                  "--task_field", "q", "--response_field", "a", "--prompt_template", "Q {task} 100% {x}")
-    assert {k: (r["task"], r["level"], r["type"]) for k, r in shards.records.items()} == {
-        f"q{i}": (f"what is {i}?", i, "x") for i in range(3)}
-    assert json.load(open(tmp_path / "o" / "train.json")) == [
-        {"id": r["uid"], "conversations": [{"from": "human", "value": r["q"]}, {"from": "gpt", "value": r["a"]}]}
-        for r in records]
+    train = json.load(open(tmp_path / "o" / "train.json"))
+    for record, sample in zip(records, train, strict=True):
+        stored = shards.records[record["uid"]]
+        assert (stored["task"], stored["level"], stored["type"]) == (record["q"], record["level"], "x")
+        assert sample == {"id": record["uid"], "conversations": [{"from": "human", "value": record["q"]},
+                                                                 {"from": "gpt", "value": record["a"]}]}
 
 
 def test_any_id_is_a_key(senders, tmp_path):
@@ -356,17 +297,13 @@ def test_a_template_that_cannot_end_a_turn_is_fine_for_a_sender(tasks, tmp_path)
                                "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")  # as GLM-4.5's
     tokenizer.save_pretrained(sender)
     shards = run(sender, tasks, tmp_path / "o", "--max_samples", 2)
-    lm = load_lm(sender)
     for task_id, record in shards.records.items():
-        ids = prompt_ids(tokenizer, record["task"])
-        with torch.no_grad():
-            out = lm(torch.tensor([ids]), output_hidden_states=True)
-        torch.testing.assert_close(shards[task_id][0], out.hidden_states[-1][0, -1], rtol=0, atol=1e-4)
+        assert_prompt(load_lm(sender), prompt_ids(tokenizer, record["task"]), shards[task_id])
 
 
 def test_template_arguments_reach_the_sender(tasks, tmp_path, refuses):
     """Qwen3's template: without thinking its prompt ends in an empty thought."""
-    sender = save_model(tmp_path / "sender", kind="qwen3")
+    sender = save_model(tmp_path / "sender", template="qwen3")
     lm, tokenizer = load_lm(sender), make_tokenizer("qwen3")
     for thinking in (False, True):
         kwargs = {"enable_thinking": thinking}
@@ -377,11 +314,12 @@ def test_template_arguments_reach_the_sender(tasks, tmp_path, refuses):
         for task_id, record in shards.records.items():
             ids = prompt_ids(tokenizer, record["task"], **kwargs)
             assert tokenizer.decode(ids).endswith("assistant\n" if thinking else "</think>\n\n")
-            with torch.no_grad():
-                hidden_states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
-            torch.testing.assert_close(shards[task_id][0], hidden_states[0, -1], rtol=0, atol=1e-4)
+            assert_prompt(lm, ids, shards[task_id])
     # another prompt is another sender
     refuses(main, argv(sender, tasks, out), "different: chat_template_kwargs", "--output_dir")
+    tokenizer.chat_template += "."
+    tokenizer.save_pretrained(sender)
+    refuses(main, argv(sender, tasks, tmp_path / "False"), "prompt_fingerprint", "--output_dir")
 
 
 def test_a_student_is_asked_as_in_its_training(tasks, tmp_path):
@@ -393,12 +331,6 @@ def test_a_student_is_asked_as_in_its_training(tasks, tmp_path):
     other = run(sender, tasks, tmp_path / "o", "--max_samples", 1, "--latent_steps", 3, "--prompt_template", "{task}?")
     assert other.sender["prompt_template"] == "{task}?"
     assert run(sender, tasks, tmp_path / "t", "--max_samples", 1).sender["prompt_template"] == PLAN_PROMPT
-
-
-def test_ids_do_not_depend_on_max_samples(senders, tmp_path):
-    data = write(tmp_path / "d.json", [{"task": f"task {i}"} for i in range(4)])
-    shards = run(senders["qwen2"], data, tmp_path / "o", "--max_samples", 2)
-    assert {k: r["task"] for k, r in shards.records.items()} == {"0": "task 0", "1": "task 1"}
 
 
 # ---- inspect
@@ -427,13 +359,12 @@ def test_inspect_lists_and_reads_the_latents(reference, senders, capsys):
 
 @pytest.mark.parametrize("content, words", [
     (None, ["no file", "tasks.json"]), ("[{", ["not valid JSON", "tasks.json"]), ("{}", ["non-empty list of records"]),
-    ("[]", ["non-empty list"]), ('["x"]', ["list of records"]),
-    ('[{"id": "a", "q": "x"}]', ["id a", "'task'", "--task_field"]),
-    ('[{"id": "a", "task": "x"}, {"id": "a", "task": "y"}]', ["id a", "twice"]),
+    ("[]", ["list of records"]), ('["x"]', ["list of records"]), ('[{"id": "a", "task": 3}]', ["id a"]),
+    ('[{"id": "a", "q": "x"}]', ["id a", "'q'", "--task_field"]),
+    ('[{"id": "a", "task": "x"}, {"id": "a", "task": "y"}]', ["id 'a'", "twice"]),
     ('[{"id": "__metadata__", "task": "x"}]', ["__metadata__", "reserved"]),
-    ('[{"id": "a", "task": "x"}, {"id": "b", "task": " "}]', ["id b", "empty"]), ('[{"id": "a", "task": 3}]', ["id a"]),
-    ('[{"id": "a", "conversations": []}]', ["id a", "--conversations_index"]),
-    ('[{"id": "a", "conversations": ["x"]}]', ["id a"]),
+    ('[{"id": "a", "task": "x"}, {"id": "b", "task": " "}]', ["id b", "empty"]),
+    ('[{"id": "a", "conversations": []}]', ["id a", "non-empty list"]), ('[{"id": 1, "messages": ["x"]}]', ["id 1"]),
     ('[{"id": "a", "task": "%s"}]' % ("x" * 4100), ["id a", "context of 4096", "--max_new_tokens"])])
 def test_bad_data(senders, tmp_path, refuses, content, words):
     if content is not None:
@@ -442,63 +373,40 @@ def test_bad_data(senders, tmp_path, refuses, content, words):
     assert not (tmp_path / "o").exists()
 
 
+GAMES = ["--dataset_path", "", "--env", "test_collect:Game"]
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--prompt_template", "no field"], ["--prompt_template", "{task}"]),
     (["--question_template", "no field"], ["--question_template", "{task}"]),
     (["--chat_template_kwargs", "[1"], ["--chat_template_kwargs", "JSON"]),
-    (["--latent_steps", "0"], ["--latent_steps", "1"]),
-    (["--max_new_tokens", "4090"], ["context of 4096", "--max_new_tokens"]), (["--surprise", "1"], ["--surprise"]),
-    (["--latent_steps", "4090"], ["context of 4096", "--latent_steps"]), (["--do_sample", "maybe"], ["--do_sample"]),
-    (["--response_field", "a"], ["id t0", "'a'", "--response_field"]), (["--torch_dtype", "int8"], ["--torch_dtype"]),
+    (["--max_new_tokens", "4090"], ["context of 4096", "--max_new_tokens"]),
+    (["--latent_steps", "4090"], ["context of 4096", "--latent_steps"]),
+    (["--response_field", "a"], ["id t0", "'a'", "--response_field"]),
     (["--model_name_or_path", "/nowhere/m"], ["/nowhere/m"]), (["--max_sample", "3"], ["--max_sample"]),
-    (["--batch_size", "0"], ["--batch_size"]), (["--max_new_tokens", "0"], ["--max_new_tokens"]),
-    (["--c", "0"], ["--c"]),
-    (["--do_sample", "true", "--temperature", "0"], ["--temperature"]),
-    (["--do_sample", "true", "--top_k", "-1"], ["--top_k"]), (["--do_sample", "true", "--top_p", "1.5"], ["--top_p"])],
-    ids=lambda words: " ".join(words))
+    (["--c", "0"], ["--c"]), (["--torch_dtype", "int8"], ["--torch_dtype"]),
+    (["--temperature", "0"], ["--temperature"]), (["--top_k", "-1"], ["--top_k"]), (["--top_p", "1.5"], ["--top_p"]),
+    (["--dataset_path", ""], ["--dataset_path", "--env"]), (GAMES[2:], ["--dataset_path", "--env"]),
+    ([*GAMES, "--subjects", "x"], ["--subjects"]), ([*GAMES, "--split", "x"], ["no games", "split x"]),
+    ([*GAMES[:-1], "json:Game"], ["json:Game", "--env"])], ids=lambda words: " ".join(words))
 def test_bad_flags(senders, tasks, tmp_path, refuses, flags, words):
     refuses(main, argv(senders["qwen2"], tasks, tmp_path / "o", *flags), *words)
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--env", "test_collect:Game"], ["--dataset_path", "--env"]),
-    (["--dataset_path", "", "--env", "test_collect:Game", "--subjects", "x"], ["--subjects"]),
-    (["--dataset_path", "", "--env", "test_collect:Game", "--split", "x"], ["no games", "split x"]),
-    (["--dataset_path", ""], ["--dataset_path", "--env"]),
-    (["--sender_knows", "place"], ["--sender_knows", "--env alfworld"]),
-    (["--dataset_path", "", "--env", "test_collect:Game", "--sender_knows", "place"], ["--env alfworld"]),
-    (["--sender_knows", "all"], ["--sender_knows", "nothing"]),
-    (["--dataset_path", "", "--env", "json:Game"], ["json:Game", "module:Class"])], ids=lambda words: " ".join(words))
-def test_bad_games(senders, tasks, tmp_path, refuses, flags, words):
-    refuses(main, argv(senders["qwen2"], tasks, tmp_path / "o", *flags), *words)
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_sender_trained_anew_into_the_same_folder_is_another(tasks, tmp_path, refuses):
-    sender = save_sender(tmp_path / "sender")
-    run(sender, tasks, tmp_path / "o", "--max_samples", 2)
-    save_sender(tmp_path / "sender")  # the same weights again
-    run(sender, tasks, tmp_path / "o", "--max_samples", 3)
-    make_lm(seed=1).save_pretrained(sender)
-    refuses(main, argv(sender, tasks, tmp_path / "o"), "another sender", "fingerprint", "--output_dir")
-    assert len(LatentShards(str(tmp_path / "o"))) == 3
-
-
-@pytest.mark.parametrize("how, words", [("settings", ["different: seed", "--output_dir"]),
-                                        ("truncated", ["truncated", "0.saf"]), ("mixed", ["mixes senders", "foreign"])])
-def test_bad_directory_to_resume(senders, tasks, tmp_path, refuses, how, words):
-    out = tmp_path / "o"
-    run(senders["qwen2"], tasks, out, "--max_samples", 2)
-    shard = out / "latents-rank00000-00000.safetensors"
-    if how == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    if how == "mixed":
-        _, other = make_data(str(tmp_path / "d"))
-        os.rename(os.path.join(other, shard.name), out / "z-foreign.safetensors")
+def test_another_sender_or_settings_need_another_directory(tasks, tmp_path, refuses):
+    sender, out = save_sender(tmp_path / "sender"), tmp_path / "o"
+    run(sender, tasks, out, "--max_samples", 2)
     before = files_of(out)
-    refuses(main, argv(senders["qwen2"], tasks, out, *(["--seed", 1] if how == "settings" else [])), *words)
-    assert files_of(out) == before  # nothing already written is lost
+    refuses(main, argv(sender, tasks, out, "--seed", 1), "different: seed", "--output_dir")
+    save_sender(tmp_path / "sender")  # the same weights again
+    run(sender, tasks, out, "--max_samples", 2)
+    make_lm(seed=1).save_pretrained(sender)  # trained anew into the same folder
+    refuses(main, argv(sender, tasks, out), "another sender", "fingerprint", "--output_dir")
+    shard, = before
+    (out / shard).write_bytes(before[shard][:-1])
+    refuses(main, argv(sender, tasks, out), "truncated", shard)
+    assert files_of(out) == {shard: before[shard][:-1]}  # nothing already written is lost
 
 
 def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
@@ -509,7 +417,7 @@ def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
     refuses(main, argv(tmp_path / "m", tasks, tmp_path / "o"), "cannot be used", "--self_check")
     line = argv(tmp_path / "m", tasks, tmp_path / "o", "--self_check", "false")
     refuses(main, line, "not finite", "--torch_dtype", "id t")
-    assert not (tmp_path / "o").exists()
+    assert not os.listdir(tmp_path / "o")
 
 
 def test_bad_inspect(reference, tmp_path, refuses):

@@ -1,128 +1,156 @@
-"""Errors in one line, atomic files, seeds, intervals, checkpoints, log: what the scripts share."""
-import argparse
+"""Errors in one line, flags, atomic files, seeds, intervals, the files of a run: what the scripts share."""
 import os
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from common import (Parser, UserError, atomic_path, boolean, catch_sigterm, fingerprint, json_object,
-                    one_line_errors, open_log, plot_bars, plot_curves, positive, progress, prune_checkpoints,
-                    read_json, seed_for, share, wilson_interval, write_json, write_text)
+from common import (Parser, Run, UserError, all_reduce_sum, atomic_path, catch_stop, check_output, fingerprint,
+                    is_text, json_object, load_object, lock, one_line_errors, positive, progress, read_json, seed_for,
+                    wilson_interval, write_json, write_text)
+from tiny import checkpoints, column, read_log, same_run, same_tensors, snapshot
 
-
-# ---- errors and flags
 
 @pytest.mark.parametrize("error, code, words", [
     (UserError("a wrong\n flag"), 2, "x.py: error: a wrong flag\n"),
     (FileNotFoundError(2, "No such file", "a.json"), 2, "x.py: error: [Errno 2] No such file: 'a.json'\n"),
-    (KeyboardInterrupt(), 130, "x.py: stopped by Ctrl-C"),
-    (RuntimeError("Connection closed by peer"), 1, "x.py: rank 0 stops because another rank did"),
-    (BrokenPipeError(), 1, "x.py: the reader of the output is gone")])
-def test_a_mistake_is_one_line(capfd, error, code, words):
+    (KeyboardInterrupt(), 130, "x.py: stopped by Ctrl-C")])
+def test_a_mistake_is_one_line_and_a_bug_is_not(capfd, error, code, words):
     @one_line_errors("x.py")
-    def main(argv=None):
-        raise error
+    def main(argv):
+        raise argv
 
-    stdout = os.dup(1)  # a broken pipe leaves the script's own output closed
     with pytest.raises(SystemExit) as exit_info:
-        main([])
-    os.dup2(stdout, 1)
-    message = capfd.readouterr().err
-    assert exit_info.value.code == code and message.startswith(words) and message.count("\n") == 1
-
-
-def test_a_bug_is_no_mistake_of_the_users():
-    @one_line_errors("x.py")
-    def main(argv=None):
-        return {"value": 1}[argv]
-
-    assert main("value") == 1
+        main(error)
+    line = capfd.readouterr().err
+    assert exit_info.value.code == code and line.startswith(words) and line.count("\n") == 1
     with pytest.raises(KeyError):
-        main("nothing")
+        main(KeyError())
 
 
-def test_sigterm_is_caught_only_while_a_script_runs():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_stop_is_caught_only_while_a_script_runs(number):
+    """The first one: a second Ctrl-C ends it at once."""
     @one_line_errors("x.py")
     def main(argv=None):
-        asked = catch_sigterm()
-        os.kill(os.getpid(), signal.SIGTERM)
-        return bool(asked)
+        asked = catch_stop()
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        return asked == [number]
 
-    before = signal.getsignal(signal.SIGTERM)
-    assert main() and signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("kind, right, wrong", [
-    (boolean, {"true": True, "False": False}, ["yes", "1", ""]),
-    (positive, {"1": 1, "30": 30}, ["0", "-1", "x"]),
-    (share, {"1": 1.0, "0.5": 0.5}, ["0", "1.5", "nan"]),
-    (json_object, {'{"a": [1]}': {"a": [1]}}, ["1", "{", "x"])])
-def test_types_of_flags(kind, right, wrong):
-    for text, value in right.items():
-        assert kind(text) == value
-    for text in wrong:
-        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-            kind(text)
+    before = signal.getsignal(number)
+    assert main() and signal.getsignal(number) == before
 
 
-def test_a_wrong_flag_is_one_line(capsys):
-    parser = Parser(prog="x.py", allow_abbrev=False)
-    parser.add_argument("--number", type=positive)
-    for argv in (["--numb", "1"], ["--number", "0"], ["--number"]):
+def test_a_flag_has_the_type_of_its_default_and_says_it(capsys):
+    parser = Parser(prog="x.py", description="what it does")
+    parser.group("model")
+    parser.flag("--path", ..., "must be given")
+    for name, default in (("--n --number", 8), ("--any", 0), ("--rate", 1.0), ("--on", False), ("--text", None)):
+        parser.flag(name, default, f"like {default}")
+    for name, default, kind in (("--most", None, positive), ("--json", None, json_object)):
+        parser.flag(name, default, "of a type", type=kind)
+    parser.flag("--names", ["a", "b"], "several", nargs="+")
+    values = list(vars(parser.parse_args(["--path", "p"])).values())
+    assert values == ["p", 8, 0, 1.0, False, None, None, None, ["a", "b"]]
+    given = '--path p --number 1 --any -3 --rate 2 --on True --text 5 --most 4 --json {"a":[1]} --names c'
+    values = list(vars(parser.parse_args(given.split())).values())
+    assert repr(values) == "['p', 1, -3, 2.0, True, '5', 4, {'a': [1]}, ['c']]"
+    for words in ("model:\n", "like 8 (default: 8)", "like False (default: False)", "like None\n"):
+        assert words in parser.format_help()
+    for wrong in ("--n 0", "--on yes", "--most 0", "--any x", "--rat 1", "--json 1", "--n"):
         with pytest.raises(SystemExit) as exit_info:
-            parser.parse_args(argv)
+            parser.parse_args(["--path", "p", *wrong.split()])
         line = capsys.readouterr().err
         assert exit_info.value.code == 2 and line.startswith("x.py: error: ") and line.count("\n") == 1
+
+
+def test_an_object_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text("of_the_user.py", "answer = 42\n")
+    assert load_object("of_the_user:answer", "--grader") == 42
+    for spec in ("of_the_user:nothing", "nowhere:answer", "of_the_user"):
+        with pytest.raises(UserError, match=f"--grader {spec} cannot be loaded"):
+            load_object(spec, "--grader")
 
 
 # ---- files
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_an_exception_leaves_the_old_file(tmp_path, directory):
-    path = tmp_path / "file"
-    if not directory:
-        write_text(path, "old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        if directory:
-            os.makedirs(temporary)
-            temporary = os.path.join(temporary, "part")
-        with open(temporary, "w") as file:
-            file.write("half of the n")
-        assert not path.exists() if directory else path.read_text() == "old"
-        raise RuntimeError
-    assert os.listdir(tmp_path) == ([] if directory else ["file"])
-    if not directory:
-        assert path.read_text() == "old"
-        write_text(path, "new")
-        assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+def test_an_exception_leaves_what_was_there(tmp_path, directory):
+    path = tmp_path / "x"
+    for text, fails in (("old", False), ("half of the n", True), ("new", False)):
+        try:
+            with atomic_path(path) as temporary:
+                if directory:
+                    os.makedirs(temporary)
+                with open(os.path.join(temporary, "part") if directory else temporary, "w") as file:
+                    file.write(text)
+                assert not fails or 1 / 0
+        except ZeroDivisionError:
+            text = "old"
+        assert (path / "part" if directory else path).read_text() == text and os.listdir(tmp_path) == ["x"]
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("a.json", "{", "a.json is not valid JSON"), ("b.json", None, "no file"),
-    ("c.jsonl", '{"id": 1}\n\n{"id": 3}\n{"id"\n', "c.jsonl is not valid JSON in line 4"),
+    ("a.json", b"{", "a.json is not valid JSON"), ("b.json", None, "no file"),
+    ("c.jsonl", b'{"id": 1}\n\n{"id": 3}\n{"id"\n', "c.jsonl is not valid JSON in line 4"),
     ("d.json", b"\xff\xfe\x00", "d.json is not valid JSON")])
 def test_a_broken_file_is_named(tmp_path, name, text, words):
     if text is not None:
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / name).write_bytes(text)
     with pytest.raises(UserError, match=words):
         read_json(str(tmp_path / name))
 
 
-def test_jsonl_is_a_list_of_records(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": "ü"}\n\n{"id": 2}\n', encoding="utf-8")
-    assert read_json(str(tmp_path / "a.jsonl")) == [{"id": "ü"}, {"id": 2}]
+def test_json_and_jsonl(tmp_path):
+    a, b = str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")
+    write_json(a, {"ü": 1})
+    write_text(b, '{"id": "ü"}\n\n{"id": 2}\n')
+    assert read_json(a) == {"ü": 1} and "ü" in open(a).read() and read_json(b) == [{"id": "ü"}, {"id": 2}]
+    assert is_text("ü 🙂") and not is_text("\ud83d") and not is_text(1)  # half of a surrogate pair
 
 
-def test_weights_trained_anew_have_another_fingerprint(tmp_path):
+def test_a_fingerprint_is_of_what_is_there(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    (tmp_path / "train.json").write_text("1 2 3")
     first = fingerprint(str(tmp_path))
-    (tmp_path / "notes.txt").write_text("x")
+    for name in (".hidden", "loss_log.csv", "x.tmp1"):  # what a run leaves beside its model
+        (tmp_path / name).write_text("x")
     assert fingerprint(str(tmp_path)) == first and len(first) == 16
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20 - 1) + b"x")
-    assert fingerprint(str(tmp_path)) != first and fingerprint("some/hub-id") is None
+    for name, content in (("model.safetensors", bytes(3 * 2**20 - 1) + b"x"), ("train.json", b"7 7 7")):
+        (tmp_path / name).write_bytes(content)  # of the same size
+        assert fingerprint(str(tmp_path)) != first
+        first = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path / "train.json")) and fingerprint("some/hub-id") is fingerprint(None) is None
 
 
-# ---- numbers
+def test_no_output_eats_an_input(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.json").write_text("[]")
+    for output, path in (("model", "model"), ("model/actor", "model"), (".", "train.json"), ("x/../model", "model")):
+        with pytest.raises(UserError, match="--output_dir .* is where the input"):
+            check_output("--output_dir", str(tmp_path / output), [None, str(tmp_path / path)])
+    check_output("--output_dir", str(tmp_path / "actor"), [str(tmp_path / "model"), str(tmp_path / "train.json"), "a/b"])
+    check_output("--output_dir", str(tmp_path / "model2"), [str(tmp_path / "model")])
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    @one_line_errors("x.py")
+    def main(argv=None):
+        lock(str(tmp_path))
+        lock(str(tmp_path))  # it is this run's
+        if argv:
+            with pytest.raises(UserError, match="another run is writing"):
+                lock(f"{tmp_path}/.")
+
+    main("twice")
+    main()  # the lock went with the run
+    assert not os.listdir(tmp_path)
+
+
+# ---- processes, numbers
 
 def test_seeds_are_stable_and_separate_their_parts():
     assert seed_for("a", 1) == seed_for("a", "1") != seed_for("a1")
@@ -139,43 +167,100 @@ def test_wilson_interval(k, n, low, high):
 
 def test_only_one_rank_shows_progress(capsys):
     for rank in (0, 1):
-        bar = progress(range(3), rank=rank, desc="read", unit="sample")
-        assert list(bar) == [0, 1, 2]
-    progress.write("a line")
-    assert capsys.readouterr().out == "a line\n"
+        assert list(progress(range(3), rank, desc="read")) == [0, 1, 2]
+        assert ("read" in capsys.readouterr().err) == (rank == 0)
+    assert all_reduce_sum({"task": 1.5}, "cpu") == {"task": 1.5}  # of one process
 
 
-# ---- checkpoints, log, pictures
+# ---- the files of a run, without an LM
 
-def test_pruning_keeps_the_newest_and_the_best(tmp_path):
-    for step in (2, 4, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+SETTINGS = {"learning_rate": 0.1, "curriculum": [0.0, 1.0], "contents": {"train_file": "a"}}
+
+
+def train(out, eval_losses=(3.0, 2.0, 2.5, 2.1), until=None, resume="auto", patience=0, rank=0):
+    """A script's loop with a term of its own; it dies after step `until`, between its line and its checkpoint."""
+    run = Run(str(out), SETTINGS, resume, rank)
+    if run.is_over(len(eval_losses), patience):
+        return run
+    os.makedirs(out, exist_ok=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    if run.checkpoint:
+        model.load_state_dict(load_file(os.path.join(run.checkpoint, "model.safetensors")))
+        run.load_optimizer(model, optimizer)
+    run.clear()
+    for step in range(run.state["step"], len(eval_losses)):
+        loss = model(torch.full((1, 3), step + 1.0)).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.state |= {"step": step + 1, "stopped": step + 1 == len(eval_losses)}
+        run.note_eval(eval_losses[step], patience)
+        if rank == 0:
+            run.log({"step": step + 1, "hinge": loss.item(), "eval_loss": eval_losses[step], "memory_gb": 1})
+        if step + 1 == until:
+            return run
+        run.save(model, write_weights, optimizer, keep=1)
+        if run.state["stopped"]:
+            break
+    if rank == 0:
+        run.publish(["hinge", "eval_loss"], "nats")
+    return run
+
+
+def write_weights(directory, weights):
+    os.makedirs(directory)
+    save_file(weights, os.path.join(directory, "model.safetensors"))
+
+
+def test_a_run_keeps_its_newest_and_its_best(tmp_path, capsys):
     (tmp_path / "checkpoint-x").mkdir()
-    prune_checkpoints(str(tmp_path), 1, best_step=4)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-12", "checkpoint-4", "checkpoint-x"]
-    prune_checkpoints(str(tmp_path), 1, best_step=None)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-12", "checkpoint-x"]
+    train(tmp_path, [3.0, 2.0, 2.5, 2.1, 1.0], patience=2)  # two evaluations without a new best end it
+    assert column(tmp_path, "eval_loss") == [3.0, 2.0, 2.5, 2.1] and read_log(tmp_path)[0].keys() >= {"hinge"}
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-x"]
+    assert same_tensors(tmp_path, tmp_path / "checkpoint-2") and not os.path.exists(tmp_path / "optimizer.pt")
+    state = read_json(str(tmp_path / "trainer_state.json"))
+    assert state == {"step": 4, "stopped": True, "settings": SETTINGS, "best_step": 2, "best_eval_loss": 2.0,
+                     "bad_evals": 2}
+    assert (tmp_path / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+    before = snapshot(tmp_path)
+    assert train(tmp_path).is_over(4) and snapshot(tmp_path) == before
+    assert f"{tmp_path} is finished (4 steps)" in capsys.readouterr().out
 
 
-def test_the_log_goes_on_after_the_checkpoint(tmp_path):
-    """What came after it is run, and logged, again; a line that a kill tore is dropped."""
-    path = str(tmp_path / "loss_log.csv")
-    file, writer = open_log(path, ["step", "loss", "memory_gb"], 0)
-    writer.writerows({"step": step, "loss": step / 2, "memory_gb": 1} for step in (1, 2, 3))
-    file.write("4,2.0")
-    file.close()
-    file, writer = open_log(path, ["step", "loss", "memory_gb"], 2)
-    writer.writerow({"step": 3, "loss": 9, "memory_gb": 1})
-    file.close()
-    with open(path) as file:
-        assert file.read().split() == ["step,loss,memory_gb", "1,0.5,1", "2,1.0,1", "3,9,1"]
+@pytest.mark.parametrize("until", [1, 3, 4])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, until):
+    """Its last line had no checkpoint and is written again; a torn line and half-written files go."""
+    train(tmp_path / "whole")
+    train(tmp_path / "o", until=until)
+    with open(tmp_path / "o" / "loss_log.csv", "a") as file:
+        file.write(f"{until + 1},2.0")
+    (tmp_path / "o" / "checkpoint-4.tmp1").mkdir()
+    assert train(tmp_path / "o").checkpoint == (str(tmp_path / f"o/checkpoint-{until - 1}") if until > 1 else None)
+    assert same_run(tmp_path / "o", tmp_path / "whole")
+    # killed in the files of the end: trainer_state.json comes last
+    os.remove(tmp_path / "o" / "trainer_state.json")
+    os.remove(tmp_path / "o" / "model.safetensors")
+    train(tmp_path / "o")
+    assert same_run(tmp_path / "o", tmp_path / "whole")
 
 
-def test_pictures_are_written(tmp_path):
-    write_text(str(tmp_path / "log.csv"), "step,loss,sep\n1,2.0,0\n2,1.0,\n")
-    plot_curves(str(tmp_path / "log.csv"), str(tmp_path / "a.png"), ["loss", "sep", "eval_loss"], "nats")
-    plot_bars(str(tmp_path / "b.png"), ["latent", "text"], [0.9, 0.5], [(0.8, 1.0), (0.4, 0.6)], "success")
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    write_json(str(tmp_path / "x.json"), {"ü": 1})
-    assert "ü" in (tmp_path / "x.json").read_text()
+def test_other_settings_and_other_ranks(tmp_path):
+    train(tmp_path)
+    with pytest.raises(UserError, match="another --learning_rate: .*--resume never"):
+        Run(str(tmp_path), SETTINGS | {"learning_rate": 0.2})
+    with pytest.raises(UserError, match="another file or folder at --train_file: "):
+        Run(str(tmp_path), SETTINGS | {"contents": {"train_file": "b"}})
+    train(tmp_path, [1.0, 2.0], resume="never")  # nothing of the old run stays
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"] and column(tmp_path, "step") == [1, 2]
+    train(tmp_path / "o", rank=1)
+    assert not os.listdir(tmp_path / "o")
+
+
+def test_a_finished_run_goes_on_if_it_is_made_longer(tmp_path):
+    train(tmp_path / "o", [3.0, 2.0])
+    train(tmp_path / "o", [3.0, 2.0, 2.5, 2.1])
+    train(tmp_path / "whole")
+    assert read_log(tmp_path / "o") == read_log(tmp_path / "whole")
+    assert same_tensors(tmp_path / "o" / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")

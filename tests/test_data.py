@@ -1,89 +1,96 @@
 """Prompts, samples and their order: ids are the template's, labels are the replies, mistakes are one line."""
 import json
+import re
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import save_file
+from transformers import AddedToken
 
 from common import UserError
-from data import (PLAN_ANNOUNCEMENT, Conversations, another_task, control_tokens, encode_conversation,
-                  encode_prompt, final_reply, global_batch, plan_ids_for, split_eval, stop_ids, text_ids,
-                  to_messages)
-from model import BOP, EOP, CLOCK, add_markers, load_tokenizer, open_shards
-from templates import SENTENCEPIECE, SPECIAL
-from tiny import make_data, make_lm, make_tokenizer
+from data import (CLOCK, PLAN_ANNOUNCEMENT, Conversations, another_task, encode_conversation, encode_prompt,
+                  final_reply, global_batch, load_tasks, plan_ids_for, record_ids, stop_ids, text_ids,
+                  to_turns, train_and_eval)
+from hf import load_tokenizer
+from model import BOP, EOP, add_markers, make_record, open_shards, write_shard
+from templates import CHATML, SENTENCEPIECE, SPECIAL
+from tiny import make_data, make_lm, make_tokenizer, save_model
 
-KINDS = sorted(SPECIAL)
 WITHOUT_SYSTEM = {"mistral", "mistral3", "gemma2"}  # their templates refuse a system turn
-TURNS = ["You see a cup.\nFind it, señor 🙂", "go to shelf 1", "On shelf 1: a {cup} 100%", "take cup 1"]
+TEXTS = ["You see a cup.\nFind it, señor 🙂", "go to shelf 1", "On shelf 1: a {cup} 100%", "take cup 1"]
 
 
-def as_messages(turns, system=None):
-    messages = [{"role": ["user", "assistant"][n % 2], "content": text} for n, text in enumerate(turns)]
-    return ([{"role": "system", "content": system}] if system else []) + messages
+def as_turns(texts, system=None):
+    turns = [{"role": ["user", "assistant"][n % 2], "content": text} for n, text in enumerate(texts)]
+    return ([{"role": "system", "content": system}] if system else []) + turns
 
 
-def with_markers(kind):
-    tokenizer = make_tokenizer(kind)
+def with_markers(template):
+    tokenizer = make_tokenizer(template)
     add_markers(tokenizer)
     return tokenizer
 
 
-def template_ids(tokenizer, messages, add_generation_prompt=False):
+def prompt_ids(tokenizer, turns, announcement=None):
+    part = encode_prompt(tokenizer, turns, announcement)
+    return part["before"] + part["after"]
+
+
+def template_ids(tokenizer, turns, add_generation_prompt=False):
     """What Hugging Face makes of a conversation, with the same arguments for the template."""
     return tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt,
+        turns, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt,
         date_string=f"{CLOCK:%d %b %Y}", **tokenizer.chat_template_kwargs)
 
 
-def prompts_of(kinds):
-    with_system = [(kind, "Be brief.") for kind in kinds if kind not in WITHOUT_SYSTEM]
-    return [(kind, None) for kind in kinds] + with_system
+PROMPTS = [(template, system) for template in sorted(SPECIAL) for system in (None, "Be brief.")
+           if system is None or template not in WITHOUT_SYSTEM]
 
 
 # ---- prompts are the template's
 
-@pytest.mark.parametrize("kind, system", prompts_of(KINDS))
-def test_a_prompt_is_the_templates(kind, system):
+@pytest.mark.parametrize("template, system", PROMPTS)
+def test_a_prompt_is_the_templates(template, system):
     """Id for id, with dummy prefixes and default system turns; the message ends the first human turn."""
-    tokenizer = with_markers(kind)
-    messages = as_messages(TURNS[:1], system)
-    before, after = encode_prompt(tokenizer, messages)
-    expected = template_ids(tokenizer, messages, add_generation_prompt=True)
-    if kind == "harmony":  # what this template writes before every reply is not the actor's to say
+    tokenizer = with_markers(template)
+    turns = as_turns(TEXTS[:1], system)
+    part = encode_prompt(tokenizer, turns)
+    expected = template_ids(tokenizer, turns, add_generation_prompt=True)
+    if template == "harmony":  # what this template writes before every reply is not the actor's to say
         expected += tokenizer("<|chan|>final<|msg|>", add_special_tokens=False).input_ids
-    assert before + after == expected
-    assert tokenizer.decode(before).endswith(TURNS[0])
+    if template == "vicuna":  # its last space is the start of the reply's first word
+        assert tokenizer.convert_ids_to_tokens(expected.pop()) == "▁"
+    assert part == {"before": part["before"], "after": part["after"], "reply": [], "end": []}
+    assert part["before"] + part["after"] == expected
+    assert tokenizer.decode(part["before"]).endswith(TEXTS[0])
 
-    before, after = encode_prompt(tokenizer, messages, "The plan:")
-    assert [before[-1], after[0]] == tokenizer.convert_tokens_to_ids([BOP, EOP])
-    assert tokenizer.decode(before).endswith(TURNS[0] + "\nThe plan:" + BOP)
+    part = encode_prompt(tokenizer, turns, "The plan:")
+    assert [part["before"][-1], part["after"][0]] == tokenizer.convert_tokens_to_ids([BOP, EOP])
+    assert tokenizer.decode(part["before"]).endswith(TEXTS[0] + "\nThe plan:" + BOP)
 
 
-@pytest.mark.parametrize("kind, system", prompts_of(KINDS))
+@pytest.mark.parametrize("template, system", PROMPTS)
 @pytest.mark.parametrize("n_turns", [2, 4])
 @pytest.mark.parametrize("announcement", [None, PLAN_ANNOUNCEMENT])
-def test_training_prompt_is_evaluation_prompt_is_template(kind, system, n_turns, announcement):
+def test_training_prompt_is_evaluation_prompt_is_template(template, system, n_turns, announcement):
     """Turn by turn a game reads the ids that training read, and the labels are the replies and their ends."""
-    tokenizer, messages = with_markers(kind), as_messages(TURNS[:n_turns], system)
-    before, after, labels = encode_conversation(tokenizer, messages, announcement)
+    tokenizer, turns = with_markers(template), as_turns(TEXTS[:n_turns], system)
+    before, after, labels = encode_conversation(tokenizer, turns, announcement)
     ids, labels = before + after, [-100] * len(before) + labels
-    n_end = 2 if kind == "llama2" else 1  # " </s>"
+    n_end = 2 if template == "llama2" else 1  # " </s>"
     position = 0
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for k, turn in enumerate(turns):
+        if turn["role"] != "assistant":
             continue
-        head, prompt = encode_prompt(tokenizer, messages[:k], announcement)
-        end = position + len(head + prompt)
-        assert ids[position:end] == head + prompt
+        prompt = prompt_ids(tokenizer, turns[:k], announcement)
+        end = position + len(prompt)
+        assert ids[position:end] == prompt
         assert set(labels[position + (n_end if position else 0):end]) == {-100}
         position = end
         while position < len(ids) and labels[position] != -100:
             position += 1
         reply = tokenizer.decode(ids[end:position - n_end])
-        assert reply.lstrip(" ") == message["content"] and ids[position - 1] in stop_ids(tokenizer)
+        assert reply.lstrip(" ") == turn["content"] and ids[position - 1] in stop_ids(tokenizer)
         assert labels[end:position] == ids[end:position]
         position -= n_end  # a reply's end opens the next prompt
     assert position + n_end == len(ids) == len(labels)
@@ -91,178 +98,127 @@ def test_training_prompt_is_evaluation_prompt_is_template(kind, system, n_turns,
     if announcement is None:
         assert not {BOP, EOP} & set(tokenizer.convert_ids_to_tokens(ids))
     else:
-        first = next(message for message in messages if message["role"] == "user")
+        first = next(turn for turn in turns if turn["role"] == "user")
         first["content"] += f"\n{announcement}{BOP}{EOP}"
-    if kind != "qwen3" or n_turns == 2:  # Qwen3's takes empty thoughts out of earlier turns; a cache cannot
-        expected = template_ids(tokenizer, messages)
+    if template != "qwen3" or n_turns == 2:  # Qwen3's takes empty thoughts out of earlier turns; a cache cannot
+        expected = template_ids(tokenizer, turns)
         while expected[-1] not in stop_ids(tokenizer):
             expected.pop()  # ChatML writes a newline behind the last end of turn
         assert ids == expected
-    if tokenizer.bos_token_id is not None and kind != "llama2":  # which writes one before every human turn
+    if tokenizer.bos_token_id is not None and template != "llama2":  # which writes one before every human turn
         assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
-def test_an_empty_thought_is_part_of_the_prompt():
-    """Qwen3's template writes it before a reply: a game must get "b", not "<think></think>b"."""
-    tokenizer, messages = with_markers("qwen3"), as_messages(["a", "b", "c", "d"])
-    before, after, labels = encode_conversation(tokenizer, messages)
-    thought = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert tokenizer.decode(before + after) == (
-        f"<|im_start|>user\na<|im_end|>\n{thought}b<|im_end|>\n"
-        f"<|im_start|>user\nc<|im_end|>\n{thought}d<|im_end|>")
-    assert tokenizer.decode([label for label in labels if label != -100]) == "b<|im_end|>d<|im_end|>"
+THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("template, text, labels", [
+    # an empty thought is part of the prompt: a game must get "b", not "<think></think>b"
+    ("qwen3", f"<|im_start|>user\na<|im_end|>\n{THOUGHT}b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n{THOUGHT}"
+     "d<|im_end|>", "b<|im_end|>d<|im_end|>"),
+    # gpt-oss: a channel before each reply, another end for the last one; a middle turn ends as the template ends it
+    ("harmony", "user<|msg|>a<|im_end|>A<|chan|>final<|msg|>b<|im_end|>user<|msg|>c<|im_end|>A<|chan|>final<|msg|>"
+     "d<|ret|>", "b<|im_end|>d<|ret|>"),
+    # a generation prompt that ends in a space: "▁b" is one token, the actor's to say
+    ("vicuna", "<s>USER: a ASSISTANT: b</s>USER: c ASSISTANT: d</s>", " b</s> d</s>")])
+def test_what_stands_around_a_reply(template, text, labels):
+    tokenizer = with_markers(template)
+    before, after, learned = encode_conversation(tokenizer, as_turns(["a", "b", "c", "d"]))
+    assert tokenizer.decode(before + after) == text
+    assert tokenizer.decode([label for label in learned if label != -100]) == labels
+    ends = {"qwen3": ["<|im_end|>"], "harmony": ["<|ret|>", "<|im_end|>"], "vicuna": ["</s>"]}[template]
+    assert stop_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(ends))
 
 
 def test_with_thinking_on_the_model_writes_its_thoughts_itself():
-    tokenizer, messages = with_markers("qwen3"), as_messages(["a"])
-    without = sum(encode_prompt(tokenizer, messages), [])
+    tokenizer, turns = with_markers("qwen3"), as_turns(["a"])
+    assert tokenizer.decode(prompt_ids(tokenizer, turns)).endswith(THOUGHT)
     tokenizer.chat_template_kwargs = {"enable_thinking": True}
-    prompt = sum(encode_prompt(tokenizer, messages), [])
-    assert prompt == template_ids(tokenizer, messages, add_generation_prompt=True) != without
+    prompt = prompt_ids(tokenizer, turns)
+    assert prompt == template_ids(tokenizer, turns, add_generation_prompt=True)
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
-
-
-def test_a_lead_of_control_tokens_and_two_ends_of_turn():
-    """gpt-oss: a channel before each reply, another end for the last one. Middle turns end as the template
-    ends them."""
-    tokenizer = with_markers("harmony")
-    before, after, labels = encode_conversation(tokenizer, as_messages(["a", "b", "c", "d"]))
-    assert tokenizer.decode(before + after) == (
-        "user<|msg|>a<|im_end|>A<|chan|>final<|msg|>b<|im_end|>"
-        "user<|msg|>c<|im_end|>A<|chan|>final<|msg|>d<|ret|>")
-    assert tokenizer.decode([label for label in labels if label != -100]) == "b<|im_end|>d<|ret|>"
-    ends = tokenizer.convert_tokens_to_ids(["<|ret|>", "<|im_end|>"])
-    assert stop_ids(tokenizer) == sorted(ends)
 
 
 @pytest.mark.parametrize("eos, extra", [(None, []), (7, [7]), ([7, 9], [7, 9])])
 def test_generation_stops_at_the_models_own_ends_too(eos, extra):
-    lm = make_lm()
+    lm, plain = make_lm(), make_tokenizer()
     lm.generation_config.eos_token_id = eos
-    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
-    assert stop_ids(make_tokenizer(), lm) == sorted([end, *extra])
-    plain = make_tokenizer()
     plain.chat_template = None  # a sender may have none
-    assert stop_ids(plain, lm) == sorted([end, *extra])
+    end = plain.convert_tokens_to_ids("<|im_end|>")
+    assert stop_ids(make_tokenizer(), lm) == stop_ids(plain, lm) == sorted([end, *extra])
 
 
 @pytest.mark.parametrize("text, reply", [
     ("take cup", "take cup"), ("<think>\nAction: no\n</think>\n\nAction: take cup", "Action: take cup"),
     ("</think> go ", "go"), ("<think> Action: go", ""), ("<think>a</think>b</think>c", "c")])
 def test_a_reply_is_what_comes_after_thoughts(text, reply):
-    assert final_reply(text) == reply
+    for kind in ("chatml", "qwen3"):  # tags as plain text, and as tokens
+        tokenizer = make_tokenizer(kind)
+        assert final_reply(tokenizer, tokenizer(text, add_special_tokens=False).input_ids) == reply
+
+
+@pytest.mark.parametrize("opens, closes", [
+    ("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")])
+def test_thoughts_are_known_by_the_tokenizers_own_tags(opens, closes):
+    """Control tokens or not, in a reply or opened by the prompt; a thought that was cut is no reply."""
+    for special in (True, False):
+        tokenizer = make_tokenizer()
+        tags = re.findall(r"<[^>]*>|\[[^]]*\]", opens + closes)
+        tokenizer.add_tokens([AddedToken(tag, special=special, normalized=False) for tag in tags])
+        def reply(text):
+            return final_reply(tokenizer, tokenizer(text, add_special_tokens=False).input_ids, ".")
+
+        assert reply(f"{opens}Action: no\n{closes}Action: go") == "Action: go."
+        assert reply(f"{opens}Action: no\n") == ""
+        tokenizer.chat_template = CHATML.replace("assistant\\n' }}", f"assistant\\n{opens}' }}}}")
+        assert reply("Action: no\n") == "" and reply(f"no{closes}yes") == "yes."
 
 
 def test_a_prompt_does_not_change_with_the_calendar():
     """Llama-3.2's date_string, and the strftime_now of others, which counts seconds here."""
-    day = tokenizer_text(with_markers("llama3.2"))
-    assert "Today Date: 26 Jul 2024\n" in day
+    tokenizer = with_markers("llama3.2")
+    assert "Today Date: 26 Jul 2024\n" in tokenizer.decode(prompt_ids(tokenizer, as_turns(["a"])))
     clock = with_markers("llama3")
     clock.chat_template = "\n {{ strftime_now('%Y-%m-%d %H:%M:%S %f %B') }}" + clock.chat_template
-    prompts = {tokenizer_text(clock) for _ in range(3)}
+    prompts = {clock.decode(prompt_ids(clock, as_turns(["a"]))) for _ in range(3)}
     assert len(prompts) == 1 and prompts.pop().startswith("\n 2024-07-26 00:00:00 000000 July")
 
 
-def tokenizer_text(tokenizer):
-    return tokenizer.decode(sum(encode_prompt(tokenizer, as_messages(["a"])), []))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_control_tokens_in_user_text_stay_text(kind):
-    tokenizer = with_markers(kind)
+@pytest.mark.parametrize("template", sorted(SPECIAL))
+def test_control_tokens_in_user_text_stay_text(template):
+    tokenizer = with_markers(template)
     evil = "x" + BOP + EOP + "".join(tokenizer.all_special_tokens) + "<|im_end|><|eot_id|></s>[/INST]y"
-    control = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer, len(tokenizer))))
+    control = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     sequences = []
     for text in ("harmless", evil):
-        before, after, labels = encode_conversation(tokenizer, as_messages([text] * 4), "The plan:")
+        before, after, labels = encode_conversation(tokenizer, as_turns([text] * 4), "The plan:")
         assert tokenizer.decode(before + after).count(text) == 4  # nothing of it is lost
-        replies = tokenizer.decode([label for label in labels if label != -100])
-        assert replies.count(text) == 2
+        assert tokenizer.decode([label for label in labels if label != -100]).count(text) == 2
         sequences.append([token for token in before + after if token in control])
     assert sequences[0] == sequences[1]
 
 
 def test_template_mistakes_name_the_sample():
     tokenizer = make_tokenizer("mistral")
-    for messages in (as_messages(TURNS, system="no"), as_messages(TURNS)[:1] + as_messages(TURNS)):
-        with pytest.raises(UserError, match="id t7.*refuses"):
-            encode_conversation(tokenizer, messages, where="id t7")
-    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(UserError, match="drops, moves or repeats a turn"):
-        encode_prompt(tokenizer, as_messages(TURNS[:1], system="s"), where="id t7")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(UserError, match="without a control token"):
-        encode_conversation(tokenizer, as_messages(TURNS))
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        encode_prompt(tokenizer, as_messages(TURNS[:1]))
-    with pytest.raises(UserError, match="id t1.*no assistant turn"):
-        encode_conversation(make_tokenizer(), as_messages(["only a question"]), where="id t1")
+    for turns in (as_turns(TEXTS, system="no"), as_turns(TEXTS)[:1] + as_turns(TEXTS)):
+        with pytest.raises(UserError, match="id t7: .*refuses"):
+            encode_prompt(tokenizer, turns, where="id t7")
+    endless = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    for template, words in (("{{ messages[-1]['content'] }}", "drops, moves or repeats a turn"),
+                            (endless, "without a control token"), (None, "no chat template")):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=words):
+            encode_conversation(tokenizer, as_turns(TEXTS))
 
 
 @pytest.mark.parametrize("kwargs", [None, {"enable_thinking": True, "x": 1}])
-def test_template_arguments_are_kept_with_the_tokenizer(tmp_path, kwargs):
-    make_tokenizer("qwen3").save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path), chat_template_kwargs=kwargs)
+@pytest.mark.parametrize("template", ["qwen3", *sorted(SENTENCEPIECE)])
+def test_a_tokenizer_survives_the_disk(tmp_path, template, kwargs):
+    tokenizer = load_tokenizer(save_model(tmp_path, template=template), chat_template_kwargs=kwargs)
     assert tokenizer.chat_template_kwargs == (kwargs or {"enable_thinking": False})
-
-
-@pytest.mark.parametrize("kind", sorted(SENTENCEPIECE))
-def test_sentencepiece_like_tokenizers_survive_the_disk(tmp_path, kind):
-    make_tokenizer(kind).save_pretrained(tmp_path)
-    ids = [template_ids(tokenizer, as_messages(TURNS)) for tokenizer in (
-        make_tokenizer(kind), load_tokenizer(str(tmp_path)))]
-    assert ids[0] == ids[1]
-
-
-# ---- conversations
-
-ETO = [("human", "instruction"), ("gpt", "OK"), ("human", " the task\n"), ("gpt", "go"), ("human", "seen"),
-       ("gpt", "take")]
-
-
-def eto(*turns):
-    return [{"from": role, "value": text} for role, text in turns]
-
-
-def test_task_turn_folds():
-    folded = as_messages(["instruction\n\nthe task", "go", "seen", "take"])
-    assert to_messages({"conversations": eto(*ETO)}, 2) == folded
-    assert [m["content"] for m in to_messages({"conversations": eto(*ETO)})] == [
-        "instruction", "OK", "the task", "go", "seen", "take"]
-    with pytest.raises(UserError, match="id 3.*task_turn 6.*6 turns"):
-        to_messages({"conversations": eto(*ETO)}, 6, "id 3")
-
-
-def test_a_system_turn_is_kept_and_not_counted():
-    """Counted with it, --task_turn 2 would make "system text + OK" the human turn."""
-    folded = as_messages(["instruction\n\nthe task", "go", "seen", "take"], system="rules")
-    assert to_messages({"conversations": eto(("system", "rules"), *ETO)}, 2) == folded
-    assert to_messages({"system": " rules ", "conversations": eto(*ETO)}, 2) == folded
-    assert to_messages({"system": "", "conversations": eto(*ETO)}, 2) == folded[1:]
-    for task_turn in (1, 3):
-        with pytest.raises(UserError, match=f"id 3.*turn {task_turn} is no human one"):
-            to_messages({"conversations": eto(*ETO)}, task_turn, "id 3")
-
-
-def test_other_names_of_the_same():
-    expected = as_messages(["a", "b"], system="s")
-    assert to_messages({"messages": expected}) == to_messages({"conversations": expected}) == expected
-    assert to_messages({"messages": eto(("system", "s"), ("user", "a"), ("assistant", "b"))}) == expected
-
-
-@pytest.mark.parametrize("turns", [
-    None, [], "text", ["x"], [{"from": "human"}], eto(("bot", "x")), eto(("gpt", "x")), eto(("system", "x")),
-    eto(("gpt", "x"), ("human", "x")), eto(("system", "x"), ("system", "x"), ("human", "x"))])
-def test_malformed_conversations(turns):
-    with pytest.raises(UserError, match="id t1"):
-        to_messages({"conversations": turns}, where="id t1")
-
-
-@pytest.mark.parametrize("system", [5, ["x"], {"a": 1}, "\ud800"])
-def test_a_system_field_is_a_text(system):
-    with pytest.raises(UserError, match="id t1.*system"):
-        to_messages({"conversations": eto(("human", "x")), "system": system}, where="id t1")
+    assert template_ids(tokenizer, as_turns(TEXTS)) == template_ids(make_tokenizer(template), as_turns(TEXTS))
 
 
 def test_plan_ids_only_if_the_vocabulary_is_shared():
@@ -272,7 +228,60 @@ def test_plan_ids_only_if_the_vocabulary_is_shared():
         assert plan_ids_for(tokenizer, "go to shelf", written) == ids
 
 
-# ---- training samples
+# ---- conversations
+
+def shared(*turns):
+    """A conversation as ShareGPT's files have it."""
+    return [{"from": role, "value": text} for role, text in turns]
+
+
+ETO = shared(("human", "instruction"), ("gpt", "OK"), ("human", " task\n"), ("gpt", "go"), ("human", "seen"),
+             ("gpt", "take"))
+SYSTEM = shared(("system", "rules"))
+
+
+@pytest.mark.parametrize("system, records", [
+    (None, [{"conversations": ETO}, {"system": "", "conversations": ETO}, {"messages": ETO}]),
+    ("rules", [{"conversations": SYSTEM + ETO}, {"system": " rules ", "conversations": ETO}])])
+def test_task_turn_folds_and_counts_no_system_turn(system, records):
+    """Counted with it, --task_turn 2 would make "system text + OK" the human turn."""
+    whole = as_turns(["instruction", "OK", "task", "go", "seen", "take"], system)
+    folded = as_turns(["instruction\n\ntask", "go", "seen", "take"], system)
+    for record in [*records, {"conversations": whole}, {"messages": whole}]:
+        for task_turn, expected in ((0, whole), (2, folded)):
+            turns = [(turn["role"], turn["content"]) for turn in to_turns(record, task_turn)]
+            assert turns == [tuple(turn.values()) for turn in expected]
+        for task_turn in (1, 3, 6):
+            with pytest.raises(UserError, match=f"no turn {task_turn} of a human.*user, assistant"):
+                to_turns(record, task_turn)
+
+
+@pytest.mark.parametrize("record", [
+    *({"conversations": turns} for turns in (
+        None, [], "text", ["x"], [{"from": "human"}], shared(("bot", "x")), shared(("gpt", "x")), SYSTEM, ETO[1:],
+        SYSTEM + SYSTEM + ETO, [*ETO, {"from": "gpt", "value": " "}], [{**ETO[0], "tool_calls": [1]}, *ETO[1:]])),
+    {"conversations": ETO, "tools": [{}]},  # no prompt here would show them
+    *({"conversations": ETO, "system": system} for system in (5, ["x"], {"a": 1}, "\ud800"))])
+def test_malformed_conversations(world, record):
+    with pytest.raises(UserError, match=r"changed.jsonl: record 0 \(id t1\): "):
+        read(world, [{**record, "id": "t1"}], kind="none")
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"train": False}, {"weight": 0}, {"loss_mask": 0}, None])
+def test_a_turn_may_be_read_and_not_learned(mark):
+    """AgentGym's, axolotl's, OpenAI's, verl's way; None: one list for all turns."""
+    tokenizer, turns = with_markers("chatml"), as_turns(["a", "b", "c", "d"])
+    marked = {"messages": [turns[0], {**turns[1], **(mark or {})}, *turns[2:]]}
+    if mark is None:
+        marked["loss_mask"] = [1, 0, 1, 1]
+    before, after, labels = encode_conversation(tokenizer, to_turns(marked), "The plan:")
+    assert (before, after) == encode_conversation(tokenizer, turns, "The plan:")[:2]
+    assert tokenizer.decode([label for label in labels if label != -100]) == "d<|im_end|>"
+    with pytest.raises(UserError, match="no assistant turn to learn from"):
+        encode_conversation(tokenizer, to_turns(marked)[:2])
+
+
+# ---- ids and samples
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -283,19 +292,60 @@ def world(tmp_path_factory):
         return {"folder": folder, "records": json.load(file), "train": train, "shards": open_shards(messages)}
 
 
-def read(world, records, name="changed.json", shards="shards", **settings):
-    path = world["folder"] / name
-    path.write_text(json.dumps(records) if name.endswith("json") else "\n".join(map(json.dumps, records)))
-    return Conversations(str(path), with_markers("chatml"), world.get(shards), **settings)
+def write(world, records):
+    path = world["folder"] / "changed.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+def read(world, records, shards="shards", **settings):
+    return Conversations(write(world, records), with_markers("chatml"), world.get(shards), **settings)
+
+
+@pytest.mark.parametrize("form", ["conversations", "messages", "system turn", "system field", "task field"])
+def test_a_file_without_ids_finds_its_own_messages(world, tmp_path, form):
+    """collect.py hashes the text of the task's turn, the trainers too: sorted, filtered, equal texts and all."""
+    records = []
+    for n in (0, 0, 2, 2, 4):
+        turns = ETO[:2] + shared(("human", f" task {n}\n"), ("gpt", "go"))
+        forms = {"conversations": {"conversations": turns},
+                 "messages": {"messages": to_turns({"conversations": turns})},
+                 "system turn": {"conversations": SYSTEM + turns},
+                 "system field": {"conversations": turns, "system": "rules"},
+                 "task field": {"conversations": turns, "task": f"Task no. {n}"}}
+        records.append(forms[form])
+    tasks = load_tasks(write(world, records), task_field=("task",), task_turn=2)
+    assert [task["task"].lower().replace("no. ", "") for task in tasks] == [f"task {n}" for n in (0, 0, 2, 2, 4)]
+    latents = {task["id"]: torch.full((2, 4), float(task["task"][-1])) for task in tasks}
+    write_shard(tmp_path / "latents-0.safetensors", latents, {task["id"]: make_record(task, "plan") for task in tasks},
+                {"hidden_size": 4})
+    some = {"folder": tmp_path, "shards": open_shards(str(tmp_path))}
+    for kept in (records, records[::-1], records[3:]):
+        data = read(some, kept, task_turn=2)
+        for n, turns in enumerate(data.turns):
+            assert turns[-2]["content"] == f"instruction\n\ntask {data.latents(n)[0, 0]:.0f}"
+    with pytest.raises(UserError, match="id .*: no message"):  # the hash of another turn
+        read(some, records[:1])
+
+
+def test_ids_are_hashes_of_the_tasks_where_there_are_none():
+    ids = record_ids([{"r": 1}, {"r": 2}, {"r": 1}, {"r": 1}], "", ["a", "b", "a", "a"])
+    assert ids[2:] == [f"{ids[0]}-1", f"{ids[0]}-2"] and len(set(ids)) == 4
+    assert record_ids([{}], "", ["b"]) == [ids[1]]
+    for a, b, id_field, words in ((1, 2, "", "not the same"), (1, "1", "id", "twice"), ("\ud800", 2, "id", "no text")):
+        with pytest.raises(UserError, match=f"{words}.*'id'"):
+            record_ids([{"id": a}, {"id": b}], id_field, ["a", "a"])
 
 
 def test_samples_hold_what_was_asked_for(world):
     data, shards = Conversations(world["train"], with_markers("chatml"), world["shards"]), world["shards"]
-    assert data.ids == [record["id"] for record in world["records"]]
-    assert len(data) == 8 and data.sender_dim == 32
+    assert data.ids == [record["id"] for record in world["records"]] and data.sender_dim == 32
+    for name in ("unique_id", "idx"):  # collect.py takes these too
+        renamed = [{name: r["id"], "conversations": r["conversations"]} for r in world["records"]]
+        assert read(world, renamed).ids == data.ids
     for n, task_id in enumerate(data.ids):
         L, (before, after, labels) = len(shards[task_id]), data.encoded[n]
-        sample, text, nothing = (data.sample(n, message) for message in ("latent", "text", "none"))
+        sample, text, nothing = (data.sample(n, kind) for kind in ("latent", "text", "none"))
         assert torch.equal(sample["latents"], shards[task_id]) and data.message_lengths[n] == L
         assert data.lengths[n] == len(sample["input_ids"]) == len(before) + L + len(after)
         assert data.n_labels[n] == sum(label != -100 for label in labels)
@@ -305,71 +355,45 @@ def test_samples_hold_what_was_asked_for(world):
         source = (n + 1) % 8
         other = data.sample(n, "latent", 0.5, source)
         assert torch.equal(other["latents"], shards[data.ids[source]])
-        assert other["n_replaced"] == data.message_lengths[source] // 2
-
-
-def test_jsonl_is_the_same(world):
-    a, b = (read(world, world["records"], name) for name in ("a.json", "a.jsonl"))
-    assert a.encoded == b.encoded and a.ids == b.ids
-
-
-@pytest.mark.parametrize("form", ["inline", ".npy", ".pt", ".safetensors"])
-def test_messages_of_the_record_equal_those_of_shards(world, form):
-    records, shards = [], world["shards"]
-    for record in world["records"]:
-        H, path = shards[record["id"]], str(world["folder"] / (record["id"] + form))
-        record = {**record, "plan": shards.records[record["id"]]["plan"], "hidden_state_path": path}
-        if form == "inline":
-            record["hidden_state"] = H.tolist()
-            del record["hidden_state_path"]
-        elif form == ".npy":
-            np.save(path, H.numpy())
-        elif form == ".pt":
-            torch.save(H, path)
-        else:
-            save_file({"hidden": H}, path)
-        records.append(record)
-    data, reference = read(world, records, shards=None), read(world, world["records"])
-    assert data.plans == reference.plans and data.encoded == reference.encoded
-    assert data.lengths == reference.lengths
-    for n in range(len(data)):
-        assert torch.equal(data.latents(n), reference.latents(n))
+        assert len(other["input_ids"]) == len(before + after) + data.message_lengths[source]
 
 
 def test_what_the_sender_was_asked_tells_tasks_apart(world):
     """All actors may read the same first turn."""
-    turns = eto(("human", "go on"), ("gpt", "go"))
+    turns = shared(("human", "go on"), ("gpt", "go"))
     records = [{**record, "plan": "p", "conversations": turns} for record in world["records"]]
     assert len(set(read(world, records).tasks)) == 8
-    assert set(read(world, records, shards=None, message="text").tasks) == {"go on"}
+    assert set(read(world, records, shards=None, kind="text").tasks) == {"go on"}
 
 
-def test_the_instruction_of_a_file_is_kept(world):
-    records = [{**record, "conversations": eto(*ETO)} for record in world["records"]]
-    assert read(world, records, task_turn=2).instruction == "instruction"
-    assert read(world, records).instruction is None
-    with_system = [{**record, "system": "rules"} for record in records]
-    assert read(world, with_system, task_turn=2).instruction == "instruction"
+def test_the_instruction_of_a_file_is_kept_and_asked_for(world):
+    assert read(world, world["records"]).instruction is None
+    for system in ("", "rules"):
+        records = [{**record, "conversations": ETO, "system": system} for record in world["records"]]
+        assert read(world, records, task_turn=2).instruction == "instruction"
+        assert read(world, records).instruction is None  # nothing says that the third turn is the task
+        records[0] = {**records[0], "conversations": [*ETO[:2], {**ETO[2], "value": "another task"}, *ETO[3:]]}
+        with pytest.raises(UserError, match="reply 'OK', so the task comes after them: give --task_turn 2"):
+            read(world, records)
 
 
-@pytest.mark.parametrize("content, words", [
-    ('{"id": 1}\n{"id": 2}\n\n{"id" 4}\n', "line 4"), ('{"id": 1}\n[', "line 2"), ("", "non-empty list")])
-def test_a_broken_jsonl_names_its_line(world, content, words):
-    (world["folder"] / "b.jsonl").write_text(content)
-    with pytest.raises(UserError, match=f"b.jsonl.*{words}"):
-        Conversations(str(world["folder"] / "b.jsonl"), with_markers("chatml"), world["shards"])
+@pytest.mark.parametrize("content", ["[]", "{}", '["x"]', '[{"id": 1}]'])
+def test_a_file_without_conversations_is_one_line(world, content):
+    (world["folder"] / "b.json").write_text(content)
+    with pytest.raises(UserError, match="b.json: (expected a non-empty list of records|record 0 .* 'conversations')"):
+        Conversations(str(world["folder"] / "b.json"), with_markers("chatml"), world["shards"])
 
 
 # ---- order, negatives, held-out samples
 
 def test_batches_cover_the_data_and_depend_on_the_step_alone():
-    samples = [3, 1, 4, 15, 9, 2, 6]
-    batches = [global_batch(step, samples, 4, 3) for step in range(7)]
+    indices = [3, 1, 4, 15, 9, 2, 6]
+    batches = [global_batch(step, indices, 4, 3) for step in range(7)]
     draws = [pair for batch in batches for pair in batch]
     assert [draw for draw, _ in draws] == list(range(28))
     for epoch in range(4):
-        assert sorted(n for _, n in draws[7 * epoch:7 * epoch + 7]) == sorted(samples)
-    assert global_batch(5, samples, 4, 3) == batches[5] != global_batch(5, samples, 4, 4)
+        assert sorted(n for _, n in draws[7 * epoch:7 * epoch + 7]) == sorted(indices)
+    assert global_batch(5, indices, 4, 3) == batches[5] != global_batch(5, indices, 4, 4)
     assert [n for _, n in draws[:7]] != [n for _, n in draws[7:14]]
 
 
@@ -395,7 +419,7 @@ def test_the_only_other_task_is_found_and_all_are_reached():
 def test_held_out_samples_are_chosen_by_id(world):
     sides = []
     for records in (world["records"], world["records"][::-1]):
-        data = read(world, records)
-        sides.append([{data.ids[n] for n in side} for side in split_eval(data, 0.3, 0)])
+        data, train, _, held_out = train_and_eval(write(world, records), None, 0.3, 0, with_markers("chatml"),
+                                                  shards=world["shards"])
+        sides.append([{data.ids[n] for n in side} for side in (train, held_out)])
     assert sides[0] == sides[1] and len(sides[0][1]) == 2 and not sides[0][0] & sides[0][1]
-    assert split_eval(data, 0.0, 0) == (list(range(8)), [])

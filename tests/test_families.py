@@ -1,4 +1,4 @@
-"""Every family that transformers ships runs right, or is refused in one line: no third outcome.
+"""Every family that transformers ships runs right, or is refused in one line: no third outcome. And what is no model.
 
     python -m pytest tests/test_families.py                 the families that people use most
     python -m pytest tests/test_families.py -m long         all the others: two minutes of one core, so in CI alone
@@ -6,6 +6,7 @@
 A family is a tiny random model, made from its config class. Right is what a user sees: plans are generate's, token by
 token, in a batch of which some end early; their states are those of one teacher-forced pass; losses and gradients are
 those of the model's own logits; conversations in a batch are what they are alone; gradients pass a student's steps."""
+import contextlib
 import dataclasses
 import json
 
@@ -13,15 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from collect import decode_plans
 from common import UserError
 from eval_alfworld import CachedChat
-from model import (LatentActor, LatentSender, build_sample, check_student, collate, context_length, decoder_layers,
-                   decoder_of, decoder_states, holes_allowed, init_markers, left_pad, load_lm, load_tokenizer,
-                   self_check)
+from hf import (context_length, decoder_layers, decoder_of, decoder_states, holes_allowed, left_pad, load_config,
+                load_lm, load_tokenizer, self_check)
+from model import LatentActor, LatentSender, build_sample, collate, init_markers
 from tiny import save_model
 
 # ---- tiny configs: a size for every name that some config class has for it; windows are shorter than the samples
@@ -106,29 +107,17 @@ HOLES_NOT_ALLOWED = set("""
 # in decoding they overwrite the state that a student's gradient needs
 NO_STUDENT = {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba2", "nemotron_h"}
 REFUSED = {  # name: (what its config needs, a word of the line that refuses it)
-    "bart": ({}, "padded"),
-    "blenderbot": ({}, "padded"),
+    **dict.fromkeys("bart blenderbot mbart pegasus recurrent_gemma trocr".split(), ({}, "padded")),
+    **dict.fromkeys("falcon_mamba mamba minimax openai-gpt xlm xlnet".split(), ({}, "cache")),
+    **dict.fromkeys(["roberta", "xlm-roberta"], (DECODER, "embeddings")),
+    **dict.fromkeys(["electra", "rembert"], (DECODER, "wide")),
     "deepseek_v4": ({}, "embeddings"),
-    "electra": (DECODER, "wide"),
-    "falcon_mamba": ({}, "cache"),
     "gemma3n_text": ({"num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": None, **PER_LAYER},
                      "embeddings"),
     "gemma4_text": ({"per_layer_config": {"01": {"head_dim": 8}, "03": {"head_dim": 8}}, **PER_LAYER}, "embeddings"),
-    "mamba": ({}, "cache"),
-    "mbart": ({}, "padded"),
-    "minimax": ({}, "cache"),
-    "openai-gpt": ({}, "cache"),
     "opt:350m": ({"word_embed_proj_dim": 16}, "wide"),
-    "pegasus": ({}, "padded"),
     "prophetnet": ({}, "logits"),
-    "recurrent_gemma": ({}, "padded"),
-    "rembert": (DECODER, "wide"),
-    "roberta": (DECODER, "embeddings"),
     "rwkv": ({"attention_hidden_size": 32}, "padded"),
-    "trocr": ({}, "padded"),
-    "xlm": ({}, "cache"),
-    "xlm-roberta": (DECODER, "embeddings"),
-    "xlnet": ({}, "cache"),
 }
 FEW = set("llama qwen2 qwen3 gemma2 gemma3 mistral gpt2 mpt lfm2 qwen3_5 hyperclovax:scaled phi3:longrope rwkv "
           "gemma3n_text opt:350m".split())  # what runs without -m long
@@ -166,6 +155,12 @@ def make_prompts(*lengths):
     return [torch.randint(5, 96, (length,), generator=generator).tolist() for length in lengths]
 
 
+def refusal(function, *args):
+    with pytest.raises(UserError) as error:
+        function(*args)
+    return str(error.value)
+
+
 def table(families):
     return [pytest.param(name, marks=() if name in FEW else pytest.mark.long) for name in families]
 
@@ -176,7 +171,8 @@ def check_plans(lm):
     """collect.py: a batch whose plans end at different times."""
     prompts, expected = make_prompts(7, 12, 20), []
     for prompt in prompts:
-        ids = lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+        ids = lm.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None,
+                          pad_token_id=0)
         expected.append(ids[0, len(prompt):].tolist())
     first_ids = {plan[0] for plan in expected}
     ends = [token for token in expected[0][3:] if token not in first_ids][:1]  # the first plan ends soon
@@ -243,8 +239,9 @@ def check_conversations(lm):
 
 
 def check_steps(lm):
-    """compress.py: latent steps of a padded batch over a cache, and their gradients, against passes without a cache."""
+    """compress.py: latent steps of a padded batch over a cache, and their gradients, against passes without one."""
     prompts, sender, steps = make_prompts(6, 11), LatentSender(lm).train(), 3
+    sender.bridge.weight.data += 0.02 * torch.randn(sender.bridge.weight.shape)  # as if it had learned
     expected = []
     for prompt in prompts:
         embeds = torch.cat([lm.get_input_embeddings()(torch.tensor([prompt])), sender.start[None, None]], dim=1)
@@ -280,11 +277,7 @@ def test_right(family, tmp_path):
     check_plans(lm)
     check_training(lm)
     check_conversations(lm)
-    if family in NO_STUDENT:
-        with pytest.raises(UserError, match="student"):
-            check_student(LatentSender(lm))
-    else:
-        check_student(LatentSender(lm))
+    with pytest.raises(RuntimeError, match="inplace") if family in NO_STUDENT else contextlib.nullcontext():
         check_steps(lm)
     check_markers(lm)
 
@@ -298,9 +291,9 @@ def test_refused(family, tmp_path):
     load_lm(path, check=False)  # --self_check false
 
 
-def test_the_table_is_long_enough():
-    assert len(RIGHT) + len(REFUSED) >= 60 and not RIGHT.keys() & REFUSED.keys()
-    assert HOLES_NOT_ALLOWED | NO_STUDENT <= RIGHT.keys() and FEW <= RIGHT.keys() | REFUSED.keys()
+def test_the_tables_name_each_family_once():
+    assert not RIGHT.keys() & REFUSED.keys() and FEW <= RIGHT.keys() | REFUSED.keys()
+    assert HOLES_NOT_ALLOWED | NO_STUDENT <= RIGHT.keys()
 
 
 def test_positions_that_depend_on_the_longest_sample_bound_the_context(tmp_path):
@@ -309,62 +302,67 @@ def test_positions_that_depend_on_the_longest_sample_bound_the_context(tmp_path)
     assert lm.config.max_position_embeddings == 256 and context_length(lm.config) == 64
 
 
-def test_half_precision_is_no_reason_to_refuse(tmp_path):
-    path = save_tiny(tmp_path, "qwen3_moe", {})
-    for dtype in ("bf16", "fp16"):
-        load_lm(path, dtype)
-    rwkv = save_tiny(tmp_path / "rwkv", "rwkv", REFUSED["rwkv"][0])
-    for dtype in ("bf16", "fp16"):
-        with pytest.raises(UserError, match="padded"):
-            load_lm(rwkv, dtype)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_no_reason_to_refuse_or_to_take(tmp_path, dtype):
+    load_lm(save_tiny(tmp_path / "right", "qwen3_moe", {}), dtype)
+    assert "padded" in refusal(load_lm, save_tiny(tmp_path / "refused", "rwkv", REFUSED["rwkv"][0]), dtype)
 
 
-def refusal(function, *args):
-    with pytest.raises(UserError) as error:
-        function(*args)
-    return str(error.value)
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path):
-    path = tmp_path / "model.safetensors"
+def test_weights_that_are_missing_are_not_made_up_and_no_weight_is_left_out(tmp_path):
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_tiny(tmp_path, "llama", {})
     weights = load_file(path)
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights | {f"{name}_scale": torch.ones(1)}, path, metadata={"format": "pt"})  # FP8's
+    assert f"{name}_scale" in refusal(load_lm, str(tmp_path))
+    load_lm(str(tmp_path), check=False)
+    del weights[name]
     save_file(weights, path, metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in refusal(load_lm, str(tmp_path))
-
-
-def test_a_folder_without_a_tokenizer_has_none(tmp_path):
-    """transformers makes an empty one of it, in which every text is no ids at all."""
-    for family in ("qwen2", "gemma2", "gpt2", "llama"):
-        path = save_tiny(tmp_path / family, family, {})
-        assert f"no tokenizer at {path}" in refusal(load_tokenizer, path)
-
-
-def test_a_tokenizer_of_a_newer_format_says_what_to_install(tmp_path):
-    save_model(tmp_path)
-    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "Future"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "pip install" in refusal(load_tokenizer, str(tmp_path))
+    assert name in refusal(load_lm, str(tmp_path))
 
 
 @pytest.mark.parametrize("changes", [
-    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    *({"quantization_config": {"quant_method": method, "bits": 4}} for method in ("gptq", "awq")),
     {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-    {"_attn_implementation": "flash_attention_2"},
-    {"model_type": "future"},
-])
+    {"_attn_implementation": "flash_attention_2"}, {"model_type": "future"}])
 def test_configs_that_cannot_be_run_here_are_one_line(tmp_path, changes):
     path = save_tiny(tmp_path, "llama", {})
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    change(tmp_path / "config.json", **changes)
     line = refusal(load_lm, path)
     assert path in line and "\n" not in line
 
 
-def test_a_tokenizer_that_does_not_say_where_tokens_end_is_refused(tmp_path):
-    from transformers import ByT5Tokenizer
-    ByT5Tokenizer().save_pretrained(tmp_path)
-    assert "does not say where in a text each token ends" in refusal(load_tokenizer, str(tmp_path))
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path):
+    assert "no directory" in refusal(load_config, str(tmp_path / "nowhere"))
+    (tmp_path / "loss_log.csv").write_text("")  # a trainer's, killed before its end
+    assert "no config.json: not finished: run it again" in refusal(load_tokenizer, str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "LoRA" in refusal(load_lm, str(tmp_path))
+
+
+# ---- tokenizers
+
+def test_what_is_no_tokenizer_for_us(tmp_path):
+    for family in ("qwen2", "gemma2", "gpt2", "llama"):  # transformers makes an empty one, in which a text is no ids
+        path = save_tiny(tmp_path / family, family, {"vocab_size": 400})
+        assert f"no tokenizer at {path}" in refusal(load_tokenizer, path)
+    ByT5Tokenizer().save_pretrained(path)
+    assert "does not say where in a text each token ends" in refusal(load_tokenizer, path)
+
+
+def test_a_tokenizer_is_what_its_files_say(tmp_path):
+    path = save_model(tmp_path, template="mistral3")
+    ids = load_tokenizer(path)("go to  shelf 1").input_ids
+    change(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")  # whose own pre-tokenizer is another
+    assert load_tokenizer(path)("go to  shelf 1").input_ids == ids
+    (tmp_path / "chat_template.jinja").unlink()
+    for names in (["rag", "default"], ["rag", "tool_use"]):  # several templates, as Command-R has
+        change(tmp_path / "tokenizer_config.json", chat_template=[{"name": n, "template": n} for n in names])
+        if "default" in names:
+            assert load_tokenizer(path).chat_template == "default"
+    assert "rag, tool_use and no default" in refusal(load_tokenizer, path)
+    change(tmp_path / "config.json", vocab_size=200)
+    assert "its table of embeddings 200 rows" in refusal(load_tokenizer, path)

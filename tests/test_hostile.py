@@ -1,6 +1,7 @@
 """Whatever a file holds: a correct batch, or one clear line. Never a traceback, never a wrong label."""
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ import compress
 import eval_alfworld
 import eval_math
 import train_actor
-from common import UserError, write_json
-from data import Conversations, control_tokens, encode_conversation, reply_frame, to_messages
+from common import UserError, write_json, write_text
+from data import Conversations, encode_conversation, reply_frame, to_turns
+from examples.convert import import_messages
 from model import BOP, EOP, LatentShards, add_markers, build_sample, collate, open_shards
 from templates import CHATML, SPECIAL
 from tiny import argv_of, make_data, make_tokenizer, save_model, write_tasks
 
 SLOW = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-TOKENIZERS = {kind: make_tokenizer(kind) for kind in SPECIAL}
+TOKENIZERS = {template: make_tokenizer(template) for template in SPECIAL}
 for tokenizer in TOKENIZERS.values():
     add_markers(tokenizer)
 
@@ -47,29 +49,27 @@ def without_spaces(text):
 @settings(max_examples=300, **SLOW)
 @example("chatml", [{"from": "human", "value": "a"}] * 3 + [{"from": "gpt", "value": EOP}], "", True, 0)
 @example("llama3", [{"from": "human", "value": "long " * 20_000}, {"from": "gpt", "value": ""}], "", True, 0)
-def test_any_conversation_gives_right_labels_or_one_line(kind, turns, system, announced, task_turn):
-    tokenizer, announcement = TOKENIZERS[kind], "plan:" if announced else None
+def test_any_conversation_gives_right_labels_or_one_line(template, turns, system, announced, task_turn):
+    tokenizer, announcement = TOKENIZERS[template], "plan:" if announced else None
     try:
-        messages = to_messages({"conversations": turns, "system": system}, task_turn, "x.json: id 1")
-        before, after, labels = encode_conversation(tokenizer, messages, announcement, "x.json: id 1")
+        turns = to_turns({"conversations": turns, "system": system}, task_turn)
+        before, after, labels = encode_conversation(tokenizer, turns, announcement)
     except UserError as error:
         return one_line(error)
     # the labels are the replies and their ends, and nothing else
     assert len(labels) == len(after) and all(label in (-100, token) for label, token in zip(labels, after))
-    _, middle, last = reply_frame(tokenizer)
-    replies = [message["content"] for message in messages if message["role"] == "assistant"]
+    frame = reply_frame(tokenizer)
+    replies = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     said = tokenizer.decode([label for label in labels if label != -100])
-    assert without_spaces(said) == without_spaces(middle.join(replies) + last)
+    assert without_spaces(said) == without_spaces(frame.middle_end.join(replies) + frame.last_end)
     # control tokens come from the template and the insertion only
-    dull = [{"role": message["role"], "content": "-"} for message in messages]
+    dull = [{"role": turn["role"], "content": "-"} for turn in turns]
     dull_before, dull_after, _ = encode_conversation(tokenizer, dull, announcement)
-    control = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer, len(tokenizer))))
-    dull_ids = dull_before + dull_after
-    assert [t for t in before + after if t in control] == [t for t in dull_ids if t in control]
+    control = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert [t for t in before + after if t in control] == [t for t in dull_before + dull_after if t in control]
     sample = build_sample(before, after, labels, latents=torch.zeros(3, 4) if announced else None)
-    batch = collate([sample, build_sample([], [1], [1])])
-    length = len(before) + len(after) + 3 * announced
-    assert batch["attention_mask"][0].sum() == length == batch["input_ids"].shape[1]
+    mask = collate([sample, build_sample([], [1], [1])])["attention_mask"]
+    assert mask[0].sum() == len(before) + len(after) + 3 * announced == mask.shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +79,14 @@ def folder(tmp_path_factory):
     return d
 
 
-def conversations_of(folder, records):
-    path = str(folder / "fuzz.json")
-    with open(path, "w") as file:
-        json.dump(records, file)
-    shards = open_shards(str(folder / "data" / "messages"))
-    return Conversations(path, TOKENIZERS["chatml"], shards, max_message=64, max_length=4096)
-
-
 @given(st.data())
 @settings(max_examples=150, **SLOW)
 def test_any_json_gives_samples_or_one_line(folder, data):
     """Random values anywhere in a training file, in place of the right ones."""
     record = {"id": "t1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    fields = ["id", "conversations", "messages", "system", "plan", "hidden_state", "hidden_state_path",
-              "turn", "value", "all"]
+    fields = ["id", "conversations", "messages", "system", "plan", "turn", "value", "all"]
     for _ in range(data.draw(st.integers(1, 2))):
-        where = data.draw(st.sampled_from(fields))
-        value = data.draw(JSON)
+        where, value = data.draw(st.sampled_from(fields)), data.draw(JSON)
         if where == "all":
             record = value
         elif isinstance(record, dict) and where in ("turn", "value"):
@@ -105,12 +95,31 @@ def test_any_json_gives_samples_or_one_line(folder, data):
                 turns[0] = value if where == "turn" else {**turns[0], "value": value}
         elif isinstance(record, dict):
             record[where] = value
+    path, shards = str(folder / "fuzz.json"), open_shards(str(folder / "data" / "messages"))
+    write_text(path, json.dumps([record]))
     try:
-        samples = conversations_of(folder, [record])
+        samples = Conversations(path, TOKENIZERS["chatml"], shards, max_message=64, max_length=4096)
         batch = collate([samples.sample(n, "latent") for n in range(len(samples))])
     except UserError as error:
         return one_line(error)
     assert (batch["labels"] != -100).any() and batch["latents_mask"].any()
+
+
+@given(st.dictionaries(st.sampled_from(["id", "task_id", "task", "plan", "hidden_state", "hidden_state_path", "dtype",
+                                        "record", "sender"]), JSON, max_size=3) | JSON)
+@settings(max_examples=150, **SLOW)
+def test_any_json_gives_messages_or_one_line(folder, change):
+    """Random values in what examples/convert.py imports."""
+    row = {"id": "t1", "plan": "p", "hidden_state": [[1.0, 2.0]]}
+    write_text(str(folder / "rows.json"), json.dumps([row | change if isinstance(change, dict) else change]))
+    shutil.rmtree(folder / "imported", ignore_errors=True)
+    try:
+        import_messages(str(folder / "rows.json"), str(folder / "imported"))
+        shards = LatentShards(str(folder / "imported"))
+    except UserError as error:
+        return one_line(error)
+    task_id, = shards.records
+    assert shards[task_id].isfinite().all() and len(shards[task_id]) == shards.lengths[task_id] > 0
 
 
 @given(st.data())
@@ -141,21 +150,6 @@ def test_any_bytes_as_a_shard_are_read_right_or_refused(folder, data):
     assert all(torch.equal(read[task_id], right[task_id]) for task_id in read)
 
 
-def test_a_pickle_is_not_run(folder):
-    """hidden_state_path may be a .pt file: tensors are read, code is not."""
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(folder / "pwned"),)
-
-    path = str(folder / "bomb.pt")
-    torch.save(Bomb(), path)
-    record = {"id": "t1", "hidden_state_path": path, "plan": "p",
-              "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    with pytest.raises(UserError, match="id t1"):
-        conversations_of(folder, [record])
-    assert not os.path.exists(folder / "pwned")
-
-
 def test_a_models_own_code_runs_only_with_the_flag(folder, refuses):
     """--trust_remote_code, in every script."""
     model, tasks = folder / "with_code", folder / "tasks.json"
@@ -175,7 +169,7 @@ def test_a_models_own_code_runs_only_with_the_flag(folder, refuses):
         collect: {"model_name_or_path": model, "dataset_path": tasks, "output_dir": out, "max_new_tokens": 2},
         train_actor: {"model_name_or_path": model, **training},
         compress: {"teacher_model_name_or_path": model, "student_model_name_or_path": model, **training},
-        eval_alfworld: {"model_path": model, "env": "test_eval_alfworld:Game", "split": "test",
+        eval_alfworld: {"model_path": model, "env": "test_collect:Game", "split": "test",
                         "variants": "no_comm", "output_path": out},
         eval_math: {"model_path": model, "dataset": folder / "problem.json", "variants": "no_comm",
                     "output_dir": out}}

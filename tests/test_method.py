@@ -1,5 +1,5 @@
 """
-The method in ten properties: read this first. Each test says what it guards; model.py says how it is done.
+The method in ten properties: read this first. Each test says what it guards; model.py how it is done.
 """
 import copy
 import math
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from collect import decode_plans
 from data import Conversations, encode_conversation, encode_prompt
-from model import BOP, EOP, LatentSender, add_markers, build_sample, collate, js_divergence, open_shards
+from model import (BOP, EOP, LATENT, LatentSender, add_markers, build_sample, collate, js_divergence,
+                   open_shards)
 from tiny import argv_of, column, make_actor, make_data, make_lm, make_tokenizer, save_model
 from train_actor import make_batches
 from variants import perturb
@@ -25,12 +26,12 @@ def test_a_message_is_the_states_that_predict_its_words():
     """Guards H: L words give L states, each the one from which its word was predicted. One more pass over
     prompt and plan gives the same states, one place before their words."""
     lm, prompt = make_lm(), list(range(5, 14))
-    (plan, message, _), = decode_plans(lm, [prompt], [0], eos_ids=[258], max_new_tokens=8)
+    (plan, H, _), = decode_plans(lm, [prompt], [0], eos_ids=[258], max_new_tokens=8)
     with torch.no_grad():
         output = lm(torch.tensor([prompt + plan]), output_hidden_states=True)
     states = output.hidden_states[-1][0]  # (9 + 8, D), after the final norm
-    assert len(message) == len(plan) == 8
-    torch.testing.assert_close(message, states[len(prompt) - 1:-1], rtol=1e-4, atol=1e-4)
+    assert len(H) == len(plan) == 8
+    torch.testing.assert_close(H, states[len(prompt) - 1:-1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_actor_reads_is_what_one_would_concatenate_by_hand():
@@ -48,23 +49,24 @@ def test_what_the_actor_reads_is_what_one_would_concatenate_by_hand():
     assert batch["labels"][1].tolist() == [-100] * (len(before) + 7) + labels
 
 
-@pytest.mark.parametrize("kind, space", [("chatml", ""), ("llama3", ""), ("mistral", " ")])
-def test_prompts_of_training_and_evaluation_are_the_templates(kind, space):
+@pytest.mark.parametrize("template, space", [("chatml", ""), ("llama3", ""), ("mistral", " ")])
+def test_prompts_of_training_and_evaluation_are_the_templates(template, space):
     """Guards the prompt: a game that is played turn by turn reads the ids that training read, and both are
     those of the chat template. The labels are the replies and their ends, nothing else."""
-    tokenizer = make_tokenizer(kind)
+    tokenizer = make_tokenizer(template)
     add_markers(tokenizer)
     before, after, labels = encode_conversation(tokenizer, TURNS, "The plan:")
     end = after[-1:]
     reply_ids = [tokenizer(space + TURNS[k]["content"], add_special_tokens=False).input_ids for k in (1, 3)]
     played = []
     for k, reply in zip((1, 3), reply_ids):  # a prompt, then a reply, whose end opens the next prompt
-        played += sum(encode_prompt(tokenizer, TURNS[:k], "The plan:"), []) + reply
+        prompt = encode_prompt(tokenizer, TURNS[:k], "The plan:")
+        played += prompt["before"] + prompt["after"] + reply
     assert before + after == played + end
     assert [label for label in labels if label != -100] == reply_ids[0] + end + reply_ids[1] + end
     first = {"role": "user", "content": f"{TURNS[0]['content']}\nThe plan:{BOP}{EOP}"}
-    template = tokenizer.apply_chat_template([first, *TURNS[1:]], tokenize=False)
-    assert tokenizer.decode(before + after) == template.rstrip("\n")
+    text = tokenizer.apply_chat_template([first, *TURNS[1:]], tokenize=False)
+    assert tokenizer.decode(before + after) == text.rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +79,14 @@ def data(tmp_path_factory):
     return Conversations(train, tokenizer, shards)
 
 
-PASSES = {"negatives": range(8), "message": "latent", "curriculum": [r / 10 for r in range(11)],
+PASSES = {"negatives": range(8), "kind": "latent", "curriculum": [r / 10 for r in range(11)],
           "with_plan": True, "with_other": True, "seed": 0, "device": "cpu"}
 
 
 def test_the_curriculum_ends_in_pure_latents(data):
     """Guards the order, words first, and that r = 0 is trained: it is what evaluation uses."""
     sample = build_sample([1], [2], [2], plan_ids=[11, 12, 13, 14, 15], latents=torch.randn(5, 8), ratio=0.4)
-    assert sample["input_ids"] == [1, 11, 12, 0, 0, 0, 2]  # p1 p2 and three places
+    assert sample["input_ids"] == [1, 11, 12, LATENT, LATENT, LATENT, 2]  # p1 p2, three places
     assert collate([sample])["keep_mask"].tolist() == [[False, False, True, True, True]]  # of h3 h4 h5
     drawn = [make_batches(data, [(draw, 4)], **PASSES)[0] for draw in range(80)]  # sample 4 has L = 7
     assert {int(batch["keep_mask"].sum()) for batch in drawn} == set(range(8))
@@ -173,12 +175,10 @@ def test_perturbations_keep_what_they_claim():
 def test_two_ranks_train_what_one_rank_trains(tmp_path, forked):
     """Guards --global_batch_size: the number of GPUs changes no result."""
     train, messages = make_data(str(tmp_path / "data"))
-    flags = {"model_name_or_path": save_model(tmp_path / "model"), "train_file": train,
-             "hidden_data": messages, "num_heads": 4, "adapter_dropout": 0, "global_batch_size": 4,
-             "max_steps": 3, "eval_ratio": 0.3}
+    flags = {"model_name_or_path": save_model(tmp_path / "model"), "train_file": train, "hidden_data": messages,
+             "num_heads": 4, "adapter_dropout": 0, "global_batch_size": 4, "max_steps": 3, "eval_ratio": 0.3}
     for world in (1, 2):
-        argv = argv_of({**flags, "output_dir": tmp_path / str(world)})
-        done = forked("train_actor", argv, world=world)
+        done = forked("train_actor", argv_of({**flags, "output_dir": tmp_path / str(world)}), world=world)
         assert done["codes"] == [0] * world, done
     for name in ("loss", "task", "align", "sep", "grad_norm", "eval_loss"):
         assert column(tmp_path / "1", name) == pytest.approx(column(tmp_path / "2", name), rel=1e-4), name

@@ -1,21 +1,16 @@
-"""The README does what it says: blocks run, commands parse, links lead somewhere, every flag is tested.
-And the code keeps to the rules that make it readable: no line is crowded."""
+"""The README does what it says: blocks run, commands parse, links lead somewhere, every flag has help and a test."""
 import argparse
 import ast
 import glob
 import importlib
-import io
 import os
 import re
 import shlex
-import subprocess
-import sys
-import tokenize
 
 import pytest
 
-import demo
 from common import read_json
+from household_fixture import household  # noqa: F401
 from model import open_shards
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -28,153 +23,118 @@ def read(path):
 
 
 README = read("README.md")
-OURS = README.split("The original repository's commands")[0]  # what follows there are other people's names
-CODE = sorted(os.path.relpath(path, ROOT) for folder in (ROOT, f"{ROOT}/examples")
-              for path in glob.glob(f"{folder}/*.py"))
+EXAMPLES = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/examples/*"))
 FENCED = r"(<!-- tested -->\s+)?^```(\w*)\n(.*?)^```$"  # the mark, the language, the block
-
-
-def blocks(*languages):
-    """[(whether it is marked as tested, text)] of the fenced blocks of some languages; "" is a shell's."""
-    return [(bool(mark), text) for mark, language, text in re.findall(FENCED, README, re.M | re.S)
-            if language in languages]
+BLOCKS = [(bool(mark), language, text) for mark, language, text in re.findall(FENCED, README, re.M | re.S)]
+PROSE = re.sub(FENCED, "", README, flags=re.M | re.S)
 
 
 def commands(text):
     """The shell commands of a text, as lists of words: what follows python or torchrun, comments aside."""
-    lines = text.replace("\\\n", " ").splitlines()
-    words = [shlex.split(command, comments=True) for line in lines for command in line.split(" && ")
-             if re.match(r" *(python|torchrun) ", command)]
-    return [line for line in words if any(word.endswith(".py") for word in line)]
-
-
-SHELL = blocks("", "sh", "bash")
+    words = {name: value.strip('"') for name, value in re.findall(r"^([A-Z]+)=(.*)$", text, re.M)}
+    lines = re.sub(r"\$([A-Z]+)", lambda match: words.get(match[1], match[0]), text).replace("\\\n", " ").splitlines()
+    found_words = [shlex.split(command, comments=True) for line in lines for command in line.split(" && ")
+                   if re.match(r" *(python|torchrun) ", command)]
+    return [line for line in found_words if any(word.endswith(".py") for word in line)]
 
 
 def all_commands():
-    """Those of the README, in blocks and in the text, and those that a script's docstring offers."""
-    inline = re.findall(r"`((?:python|torchrun) [^`…]*)`", re.sub(FENCED, "", README, flags=re.M | re.S))
-    texts = [text for _, text in SHELL] + [" ".join(text.split()) for text in inline]
-    for path in [*CODE, "tests/bench.py"]:
-        texts.append(ast.get_docstring(ast.parse(read(path))))
+    """Those of the README, in blocks and in the text, of the recipes, and of each script's docstring."""
+    inline = re.findall(r"`((?:python|torchrun) [^`…]*)`", PROSE)
+    texts = [text for _, language, text in BLOCKS if language in ("", "sh", "bash")]
+    texts += [" ".join(text.split()) for text in inline]
+    texts += [read(path) for path in EXAMPLES if path.endswith(".sh")]
+    paths = [*(f"{script}.py" for script in SCRIPTS), *(path for path in EXAMPLES if path.endswith(".py"))]
+    texts += [ast.get_docstring(ast.parse(read(path))) for path in paths]
     return [words for text in texts for words in commands(text)]
 
 
-def flags(script):
-    """{flag: its action} of a script and its subcommands."""
+def parsers_of(module):
+    """The argparse parsers of a script and its subcommands."""
     def caught(parser, argv=None):
         raise LookupError(parser)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError) as error:
         patch.setattr(argparse.ArgumentParser, "parse_args", caught)
-        importlib.import_module(script).get_args([])
-    actions, parsers = {}, list(error.value.args)
+        importlib.import_module(module).get_args([])
+    parsers = list(error.value.args)
     for parser in parsers:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
-            actions |= {option: action for option in action.option_strings if option.startswith("--")}
-    return actions
+    return parsers
 
 
-# ---- the README's blocks and commands
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the demo_out of a demo that hardly trains."""
-    folder = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        sizes = {"base": 2, "sender": 2, "train": 8, "test": 2, "actor": 1, "student": 1}
-        patch.setitem(demo.SIZES, ("household", True), sizes)
-        demo.main(["--fast"])
-    return folder
+def flags(module):
+    """{flag: its action} of a script and its subcommands."""
+    return {option: action for parser in parsers_of(module) for action in parser._actions
+            for option in action.option_strings if option.startswith("--")}
 
 
-def test_a_message_by_hand_is_what_the_scripts_send(folder, monkeypatch, capsys):
+# ---- blocks and commands
+
+def test_a_message_by_hand_is_what_the_scripts_send(household, monkeypatch, capsys):  # noqa: F811
     """The first Python block prints the task, stage 1's plan of it, and the reply that stage 4 wrote."""
-    monkeypatch.chdir(folder)
-    marked = [text for mark, text in blocks("python") if mark]
-    exec(compile(marked[0], "README.md", "exec"), {"__name__": "by_hand"})
-    episode = read_json("demo_out/eval/episodes/latent/run0/test-0000.json")
-    plan = open_shards("demo_out/messages_test").records["test-0000"]["plan"]
+    monkeypatch.chdir(household)
+    block, = [text for mark, language, text in BLOCKS if mark and language == "python"]
+    exec(compile(block, "README.md", "exec"), {"__name__": "by_hand"})
+    episode = read_json("household_out/eval/episodes/latent/run0/test-0000.json")
+    plan = open_shards("household_out/messages_test").records["test-0000"]["plan"]
     expected = [episode["task"], plan, episode["turns"][0]["reply"]]
     assert capsys.readouterr().out.splitlines()[-3:] == expected
-    for text in marked[1:]:
-        exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_every_python_block_is_tested():
     """One without a mark is a recipe: test_forks.py types it, or a file of examples/ holds it."""
     nodes = ast.walk(ast.parse(read("tests/test_forks.py")))
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    texts += [read(path) for path in CODE if path.startswith("examples")]
+    texts += [read(path) for path in EXAMPLES if path.endswith(".py")]
     typed = " ".join(" ".join(texts).split())
-    for mark, text in blocks("python"):
-        for part in text.split("\n\n"):
+    for mark, language, text in BLOCKS:
+        for part in text.split("\n\n") if language == "python" and not mark else []:
             part = re.sub(r"^#.*\n", "", part)  # its heading
-            assert mark or " ".join(part.split()) in typed, part
-
-
-def test_marked_commands_run(folder, request):
-    for words in [words for mark, text in SHELL if mark for words in commands(text)]:
-        if words[0] == "python" and words[1].removesuffix(".py") in SCRIPTS:
-            done = request.getfixturevalue("forked")(words[1].removesuffix(".py"), words[2:], cwd=str(folder))
-            assert done["codes"] == [0], done
-        else:
-            subprocess.run([sys.executable, os.path.join(ROOT, words[1]), *words[2:]], cwd=folder, check=True)
+            assert " ".join(part.split()) in typed, part
 
 
 @pytest.mark.parametrize("words", all_commands(), ids=lambda words: " ".join(words)[:60])
 def test_commands_parse(words):
-    """Every flag that the README or a docstring types exists, and every required one is there."""
-    n = next(n for n, word in enumerate(words) if word.endswith(".py"))
-    source = read(words[n])
-    if "\ndef get_args(" in source:
-        importlib.import_module(words[n].removesuffix(".py").replace("/", ".")).get_args(words[n + 1:])
-    for word in words[n + 1:]:
-        assert not word.startswith("--") or "add_argument" in source, words
+    """Every flag that the README, a recipe or a docstring types exists, and every required one is there."""
+    script = next(n for n, word in enumerate(words) if word.endswith(".py"))
+    path = words[script]
+    assert os.path.exists(os.path.join(ROOT, path)), path
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    if path.split("/")[0] != "tests" and hasattr(module, "get_args"):
+        module.get_args(words[script + 1:])
 
 
-def test_every_flag_in_the_text_exists():
-    known = {"--nnodes", "--node_rank", "--master_addr", "--nproc_per_node", "--kills"}  # torchrun, pytest
-    known = known.union(*(flags(script) for script in (*SCRIPTS, "demo", "bench")))
-    known |= set(re.findall(r'"(--\w+)"', read("examples/unsure.py")))
-    assert set(re.findall(r"--[a-z_][a-z0-9_]+", OURS)) <= known
+def test_recipes_are_shell_scripts():
+    """That bash can read, and that stop at the first error."""
+    for path in EXAMPLES:
+        if path.endswith(".sh"):
+            assert "\nset -e\n" in read(path) and os.system(f"bash -n {os.path.join(ROOT, path)}") == 0
 
 
-# ---- its links and its length
+def test_flags_that_are_named_exist():
+    known = {"--nproc_per_node"}.union(*map(flags, SCRIPTS))
+    assert set(re.findall(r"--[a-z_][a-z0-9_]+", PROSE)) <= known
+
+
+# ---- links
 
 def names_of(path):
-    """The functions, classes and methods (Class.method) of a file."""
-    names = set()
-    for node in ast.parse(read(path)).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
-            names |= {f"{node.name}.{method.name}" for method in methods}
-    return names
+    """The functions and classes of a file."""
+    return {node.name for node in ast.parse(read(path)).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def test_links_and_names_lead_somewhere():
-    titles = re.findall(r"^#+ (.*)$", re.sub(FENCED, "", README, flags=re.M | re.S), re.M)
-    # as GitHub makes them
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", README):
-        path, _, anchor = target.partition("#")
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s#]+)[^)\s]*\)", PROSE):
         if target.startswith("http"):
             continue
-        assert os.path.exists(os.path.join(ROOT, path)), target
-        assert not anchor or path or anchor in anchors, target
-        if re.fullmatch(r"`[\w.]+`", text) and path.endswith(".py") and not text.endswith(".py`"):
-            assert text.strip("`") in names_of(path), (text, target)
-    for name in re.findall(r"`((?:tests/|examples/)?[a-z_]+\.py)`", OURS):
+        assert os.path.exists(os.path.join(ROOT, target)), target
+        if re.fullmatch(r"`\w+`", text) and target.endswith(".py"):
+            assert text.strip("`") in names_of(target), (text, target)
+    for name in re.findall(r"`((?:tests/|examples/)?[a-z_]+\.(?:py|sh))`", PROSE):
         assert os.path.exists(os.path.join(ROOT, name)), name
-
-
-def test_it_is_short_and_finished():
-    assert len(README.splitlines()) <= 360
-    assert "@@" not in README
 
 
 # ---- flags
@@ -188,67 +148,13 @@ def passes(text, flag):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help_and_a_test(script):
-    names = [name for name in os.listdir(f"{ROOT}/tests") if name.startswith("test_")]
-    texts = [read(f"tests/{name}") for name in names if name != "test_readme.py"]
+    texts = [read(f"tests/{name}") for name in os.listdir(f"{ROOT}/tests") if name.startswith("test_")]
     actions = flags(script)
     assert len(actions) > 10 and all(action.help for action in actions.values())
+    for parser in parsers_of(script):
+        shown = " ".join(parser.format_help().split())
+        defaults = [action for action in parser._actions if action.option_strings and action.default not in
+                    (None, "", argparse.SUPPRESS)]
+        assert all("default: " in (action.help or "") for action in defaults) and "default: " in shown + "default: "
     untested = [flag for flag in actions if not any(passes(text, flag) for text in texts)]
     assert set(untested) <= {"--help"}, f"no test uses {untested}"
-
-
-def test_a_variable_of_that_name_is_no_test_of_a_flag():
-    assert passes('main(["--c", "3"])', "--c") and passes("argv_of({'seed': 0}); train(out, c=3)", "--c")
-    assert not passes("c = 3\nfor c in range(c): print(c, abc=c)  # argv_of, --code, --c", "--c")
-
-
-# ---- the rules of the code
-
-LIMITS = {"expressions per line": 6.2, "% of lines of 110 columns or more": 5}
-BANNED = {"tenths", "cells", "found", "mine", "own", "room", "live"}  # each said several things
-NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-
-
-def density(source):
-    """Expressions per line of code; docstrings, comments and empty lines are none."""
-    lines, tree = set(), ast.parse(source)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in NO_CODE:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return sum(isinstance(node, ast.expr) for node in ast.walk(tree)) / len(lines)
-
-
-@pytest.mark.parametrize("path", CODE)
-def test_lines_are_not_crowded(path):
-    source = read(path)
-    lines = source.splitlines()
-    long = 100 * sum(len(line) >= 110 for line in lines) / len(lines)
-    for name, value in zip(LIMITS, (density(source), long)):
-        assert value <= LIMITS[name], f"{path}: {value:.2f} {name}"
-
-
-@pytest.mark.parametrize("path", CODE)
-def test_args_stay_in_main_and_words_have_one_meaning(path):
-    """A notebook, a test and a fork can call every function below main. Nobody changes args."""
-    for node in ast.walk(ast.parse(read(path))):
-        name = getattr(node, "id", getattr(node, "arg", getattr(node, "name", None)))
-        assert name not in BANNED, f"{path}:{node.lineno}: {name}"
-        if isinstance(node, ast.FunctionDef) and node.name != "check_args":
-            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-            assert "args" not in [argument.arg for argument in arguments], f"{path}: {node.name}"
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            assert getattr(node.value, "id", None) != "args", f"{path}:{node.lineno}: args.{node.attr} ="
-
-
-def test_no_path_of_somebodys_machine():
-    folders = ("", ".ci", "assets", "examples", "tests")
-    paths = [path for folder in folders for path in glob.glob(f"{ROOT}/{folder}/*")]
-    for path in [*paths, f"{ROOT}/.gitignore"]:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                content = file.read()
-            for name in ("work", "root"):
-                assert f"/{name}/".encode() not in content, path
-            assert b"." + b"library" not in content, path

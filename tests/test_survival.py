@@ -18,6 +18,7 @@ from tiny import (argv_of, assert_same_curve, checkpoints, make_actor, make_data
 
 SCRIPTS = ["collect", "train_actor", "compress"]
 TRAINERS = SCRIPTS[1:]
+LONG = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,7 @@ def assert_usable(script, out):
         return
     for name in checkpoints(out):
         if ".tmp" not in name:
-            assert tensors(os.path.join(out, name))
-            torch.load(os.path.join(out, name, "optimizer.pt"), weights_only=True)
+            assert tensors(os.path.join(out, name)) and torch.load(os.path.join(out, name, "optimizer.pt"))
 
 
 # ---- kills
@@ -102,18 +102,20 @@ def test_killed_again_and_again(world, forked, tmp_path, request, script):
     assert_same(script, out, reference)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_preempted(world, forked, tmp_path, script):
-    """SIGTERM: a code that says so, and not one step or message is done twice."""
+@pytest.mark.parametrize("script, number", [(script, signal.SIGTERM) for script in SCRIPTS] +
+                         [("train_actor", signal.SIGINT)])
+def test_preempted(world, forked, tmp_path, script, number):
+    """SIGTERM and Ctrl-C: a code that says so, and not one step or message is done twice."""
     flags = {"save_steps": 100, "eval_steps": 1} if script != "collect" else {}
-    done = forked(script, command(world, script, tmp_path / "o", **flags), event=9, signal=signal.SIGTERM)
+    done = forked(script, command(world, script, tmp_path / "o", **flags), event=9, signal=number)
     assert done["codes"] == [143], done
-    assert "SIGTERM" in done["out"][0] + done["err"][0] and "Traceback" not in done["err"][0]
+    assert "stopped: " in done["out"][0] + done["err"][0] and "Traceback" not in done["err"][0]
+    step = len(LatentShards(str(tmp_path / "o")) if script == "collect" else read_log(tmp_path / "o"))
+    assert 0 < step < 8
     if script != "collect":
-        step = len(read_log(tmp_path / "o"))
-        assert step < 8 and checkpoints(tmp_path / "o")[-1] == f"checkpoint-{step}"
-    assert forked(script, command(world, script, tmp_path / "o", **flags))["codes"] == [0]
-    assert forked(script, command(world, script, tmp_path / "reference", **flags))["codes"] == [0]
+        assert checkpoints(tmp_path / "o")[-1] == f"checkpoint-{step}"
+    for out in ("o", "reference"):
+        assert forked(script, command(world, script, tmp_path / out, **flags))["codes"] == [0]
     if script == "collect":
         assert_same(script, tmp_path / "o", tmp_path / "reference")
     else:  # one checkpoint more than without
@@ -135,15 +137,15 @@ def small_disk(tmp_path_factory):
     server.close()
 
 
-@pytest.mark.parametrize("script, size", [("collect", "300k"), ("train_actor", "1000k"),
-                                          ("compress", "800k")])
+@pytest.mark.parametrize("script, size", [("collect", "130k"), ("train_actor", "1000k"),
+                                          pytest.param("compress", "800k", marks=LONG)])
 def test_full_disk(world, small_disk, forked, tmp_path, script, size):
     server, folder = small_disk
     server.shell(f"mount -o remount,size={size} none {folder}")
     out = os.path.join(folder, script)
     flags = {"save_total_limit": 9}
     if script == "collect":
-        flags = {"max_samples": 16, "max_new_tokens": 300, "batch_size": 8}
+        flags = {"max_samples": 16, "max_new_tokens": 100, "batch_size": 8}
     done = server(script, command(world, script, out, **flags))
     assert done["codes"] == [2], done
     error = done["err"][0].strip().splitlines()[-1]
@@ -166,14 +168,14 @@ def one_rank(request, world, forked, tmp_path_factory):
     return request.param, out
 
 
-@pytest.mark.parametrize("ranks, fsdp", [(2, "false"), (4, "false"), (2, "true")])
+@pytest.mark.parametrize("ranks, fsdp", [(2, "false"), pytest.param(4, "false", marks=LONG), (2, "true")])
 def test_ranks_and_fsdp_follow_one_ranks_curve(world, forked, one_rank, tmp_path, ranks, fsdp):
     script, reference = one_rank
     flags = {"infonce_probe_interval": 3} if script == "train_actor" and fsdp == "true" else {}
     argv = command(world, script, tmp_path / "o", model="tied", fsdp=fsdp, **flags)
     done = forked(script, argv, world=ranks)
     assert done["codes"] == [0] * ranks, done
-    assert "".join(done["out"]).count("wrote the") == 1  # one rank talks
+    assert "".join(done["out"]).count("with loss_log.csv") == 1  # one rank talks
     if not flags:
         assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
     a, b = tensors(tmp_path / "o"), tensors(reference)
@@ -188,10 +190,9 @@ def test_checkpoints_fit_any_ranks(world, forked, one_rank, tmp_path):
     # at the first file of the next checkpoint: the first rename of all is loss_log.csv's
     at_the_next_best = {"event": 2, "on": "os.rename", "signal": signal.SIGTERM}
     argv = command(world, script, tmp_path / "o", model="tied", save_steps=100, eval_steps=3)
-    done = forked(script, [*argv, "--fsdp", "true"], world=2, **at_the_next_best)
-    assert done["codes"] == [143, 143], done
-    done = forked(script, argv, world=4, **at_the_next_best)
-    assert done["codes"] == [143] * 4, done
+    for ranks, more in ((2, ["--fsdp", "true"]), (4, [])):
+        done = forked(script, [*argv, *more], world=ranks, **at_the_next_best)
+        assert done["codes"] == [143] * ranks, done
     assert forked(script, argv)["codes"] == [0]
     assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
 
@@ -207,14 +208,12 @@ def test_a_failing_rank_ends_the_job_with_its_own_error(world, forked, tmp_path,
     argv = command(world, script, tmp_path / "o", hidden_data=tmp_path / "m", eval_ratio=0,
                    per_device_train_batch_size=1)
     done = forked(script, argv, world=2, timeout=60)
-    assert sorted(done["codes"]) in ([1, 2], [2, 2]), done
-    errors = "".join(done["err"])
-    assert "id t5: NaN" in errors and "Traceback" not in errors
-    if 1 in done["codes"]:
-        assert "stops because another rank did" in done["err"][done["codes"].index(1)]
+    assert sorted(done["codes"]) in ([1, 2], [2, 2]), done  # 1: gloo's traceback, that the other rank is gone
+    error = done["err"][done["codes"].index(2)]
+    assert "id t5: NaN" in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("script", TRAINERS)
+@pytest.mark.parametrize("script", ["train_actor", pytest.param("compress", marks=LONG)])
 def test_fsdp_holds_a_share_of_everything(world, tmp_path, forked, script):
     """Parameters and Adam's moments of a rank, counted: half of the whole on two ranks."""
     argv = command(world, script, tmp_path / "o", steps=1, fsdp="true")

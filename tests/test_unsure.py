@@ -7,11 +7,13 @@ import re
 import pytest
 import torch
 
-import demo
 from common import read_json
-from examples import unsure
-from examples.unsure import WORLDS, demonstration, named_place, one_word, plan, search, two_words
-from model import lm_logits, load_lm, open_shards
+from examples import scratch, unsure
+from examples.household import MAX_STEPS, PLACES, goal
+from examples.unsure import WORLDS, demonstration, episode, named_place, one_word, plan, search, two_words
+from hf import lm_logits, load_lm
+from model import open_shards
+from tiny import snapshot
 
 WORLD = pytest.mark.parametrize("name", WORLDS)
 
@@ -49,9 +51,9 @@ def test_the_actor_reads_the_goal_and_no_place(name):
     world = WORLDS[name]
     for task in world.tasks("test-7"):
         first = world.reset(task)
-        assert not any(world.spell(place) in first for place in demo.PLACES)
+        assert not any(world.spell(place) in first for place in PLACES)
         assert first == world.reset({**task, "place": "shelf 1"})
-        assert first.endswith(f"your task is to : {demo.goal(task)} .")
+        assert first.endswith(f"your task is to : {goal(task)} .")
 
 
 @WORLD
@@ -67,7 +69,17 @@ def test_the_demonstration_goes_to_the_named_place_and_then_to_the_other(name):
             world.reset(task)
             steps = [world.step(world.spell(action)) for action in actions]
             assert [info["won"] for *_, info in steps] == [False] * (len(steps) - 1) + [True]
-            assert not any(info["invalid"] for *_, info in steps) and len(steps) <= demo.MAX_STEPS
+            assert not any(info["invalid"] for *_, info in steps) and len(steps) <= MAX_STEPS
+
+
+@WORLD
+def test_the_training_file_is_in_the_words_of_its_world(name):
+    world = WORLDS[name]
+    for task in world.tasks("train-7")[:50]:
+        turns = episode(world, task, demonstration(task, task["places"][0]))
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert all(world.spell(turn["value"]) == turn["value"] for turn in turns)
+        assert turns[-1]["value"] == world.spell(f"put {task['object']} in/on {task['target']} 1")
 
 
 def test_a_search_wins_whatever_the_place():
@@ -86,7 +98,7 @@ def test_a_plan_names_what_the_sender_is_taught(name):
         text = plan(world, task, written)
         assert text == world.spell(text) and named_place(text) == written[0]
         assert written == (task["places"] if name == "BothWritten" else [task["place"]])
-        assert [place for place in demo.PLACES if world.spell(place) in text] == sorted(written, key=demo.PLACES.index)
+        assert [place for place in PLACES if world.spell(place) in text] == sorted(written, key=PLACES.index)
     assert named_place("take mug , put mug in/on desk1") is None
 
 
@@ -114,7 +126,8 @@ def small(tmp_path_factory):
     return out
 
 
-def test_all_stages(small, capsys):
+@pytest.mark.long
+def test_all_stages(small, capsys, monkeypatch):
     result = read_json(f"{small}/unsure.json")
     assert os.path.getsize(f"{small}/unsure.png") > 10_000
     rows = {"latent", "text", *unsure.CONTROLS.values()}
@@ -125,18 +138,20 @@ def test_all_stages(small, capsys):
     for curve in result["seeds"]["0"]["curves"].values():
         assert curve["step"] == [2, 4] and len(curve["loss"]) == len(curve["success"]) == 2
 
-    models = {path: os.stat(path).st_mtime_ns for path in small.rglob("*.safetensors")}
+    before = snapshot(f"{small}/seed0")
+    monkeypatch.setattr(scratch, "train_lm", None)  # not called
     unsure.main(["--fast", "--output_dir", str(small)])  # nothing is run again
-    assert models == {path: os.stat(path).st_mtime_ns for path in small.rglob("*.safetensors")}
-    assert read_json(f"{small}/unsure.json") == result
+    assert before == snapshot(f"{small}/seed0") and read_json(f"{small}/unsure.json") == result
     out = capsys.readouterr().out
-    assert "wrong place named" in out and out.count("$ python") == 1  # inspect
+    assert "wrong place named" in out and "$ python" not in out
 
 
+@pytest.mark.long
 def test_what_other_sizes_left_behind_is_not_taken_for_ones_own(small, refuses):
     refuses(unsure.main, ["--output_dir", small], "--fresh", "--output_dir", unsure.SIZES[True])
 
 
+@pytest.mark.long
 def test_the_demonstrations_follow_the_plans(small):
     records = open_shards(f"{small}/seed0/OneWord/messages_train").records
     for row in read_json(f"{small}/seed0/OneWord/train.json"):
@@ -146,17 +161,18 @@ def test_the_demonstrations_follow_the_plans(small):
             assert action == f"go to {one_word(named)}"
 
 
+@pytest.mark.long
 def test_between_word_and_state(small):
     """`likeliest` is the sender's embedding of the words it wrote, `expected` the mean under its distribution."""
     out = f"{small}/seed0/OneWord"
     lm, messages = load_lm(f"{out}/base"), open_shards(f"{out}/messages_test")
     table = lm.get_input_embeddings().weight
-    for kind in ("likeliest", "expected"):
-        unsure.write_words(out, "test", kind)
-        vectors = open_shards(f"{out}/{kind}_test")
+    for word in ("likeliest", "expected"):
+        unsure.write_words(out, "test", word)
+        vectors = open_shards(f"{out}/{word}_test")
         assert vectors.records == messages.records and vectors.sender != messages.sender
         for task_id, record in messages.records.items():
             p = lm_logits(lm, messages[task_id]).softmax(-1)
-            mean = sum(p[:, word, None] * table[word] for word in range(len(table)))
-            expected = mean if kind == "expected" else table[torch.tensor(record["plan_token_ids"])]
+            mean = sum(p[:, n, None] * table[n] for n in range(len(table)))
+            expected = mean if word == "expected" else table[torch.tensor(record["plan_token_ids"])]
             torch.testing.assert_close(vectors[task_id], expected.detach(), atol=1e-5, rtol=1e-4)

@@ -4,12 +4,14 @@ import math
 import pytest
 import torch
 
-from common import UserError, write_json
+from common import Parser, UserError, fingerprint, write_json
 from data import PLAN_ANNOUNCEMENT
-from model import BOP, EOP, LatentShards, load_tokenizer
+from hf import load_tokenizer
+from model import BOP, EOP, LATENT, LatentShards
 from tiny import make_actor, make_data, save_model
-from variants import (LATENT_VARIANTS, PERTURBATIONS, VARIANTS, actors_of_variants, check_messages, check_settings,
-                      check_variants, command_line, message_sample, perturb, table_rows)
+from variants import (PERTURBATIONS, VARIANTS, actors_of_variants, add_flags, check_args, check_messages, check_settings,
+                      message_sample, named_messages, perturb, table_rows)
+
 
 N = 6
 
@@ -45,9 +47,11 @@ def test_rotation_keeps_mean_and_covariance_exactly(L, d, rank):
     assert residual.norm() < 1e-3 * max(X.norm(), 1)  # inside the message's own row space
 
 
-def test_rotation_of_equal_states():
+def test_rotation_of_equal_states_and_an_unknown_name():
     H = torch.ones(5, 8) * 2.5
     torch.testing.assert_close(perturb("randomrot", H, "t1", 0), H)
+    with pytest.raises(UserError, match="pinknoise.*covgauss0"):
+        perturb("pinknoise", H, "t1")
 
 
 @pytest.mark.parametrize("variant", ["covgauss0", "covgauss1"])
@@ -84,62 +88,56 @@ def test_perturbations_are_seeded(variant):
     assert torch.isfinite(perturb(variant, H[:1].bfloat16(), "t1", 0)).all()  # a message of one state
 
 
-def test_unknown_perturbation():
-    with pytest.raises(UserError, match="pinknoise.*covgauss0"):
-        perturb("pinknoise", torch.ones(2, 2), "t1")
-
-
 # ---- flags, actors, labels
 
+def flags(*argv):
+    parser = Parser()
+    add_flags(parser)
+    return parser.parse_args(["--model_path", "actor", *argv])
+
+
 def test_names_of_variants():
-    assert check_variants(["none", "text", "latent", "text"]) == ["latent", "text"]
-    assert len(VARIANTS) == 13 and check_variants(VARIANTS) == list(VARIANTS)
+    assert flags("--variants", "none", "text", "qwen2llama").variants == ["latent", "text", "latent"]
+    assert len(VARIANTS) == 12 and flags("--variants", *VARIANTS).variants == list(VARIANTS)
+    check_args(flags("--sender", "s", "--hidden_data", "m", "--latent_steps", "8", "--keep_ratio", "0", "1"))
 
 
-@pytest.mark.parametrize("variants, flags, words", [
-    (["smoke"], {}, "unknown variant smoke.*cross_task"),
-    (["latent"], {"latent_steps": [8]}, "--latent_steps needs --sender"),
-    (["latent"], {"sender": "s", "hidden_data": "m"}, "--hidden_data"),
-    (["latent"], {"cross_hidden_data": "m"}, "qwen2llama"),
-    (["latent"], {"keep_ratio": [1, 2]}, "--keep_ratio takes shares"),
-    (["latent"], {"sender": "s", "latent_steps": [8], "keep_ratio": [0.5]}, "--keep_ratio.*--latent_steps")])
-def test_flags_that_contradict_each_other(variants, flags, words):
+@pytest.mark.parametrize("argv, words", [
+    (["--latent_steps", "8"], "--latent_steps needs --sender"),
+    (["--sender", "s", "--hidden_data", "m"], "--hidden_data"),
+    (["--keep_ratio", "1", "2"], "--keep_ratio takes shares")])
+def test_flags_that_contradict_each_other(argv, words):
     with pytest.raises(UserError, match=words):
-        check_variants(variants, **flags)
+        check_args(flags(*argv))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Actors of every kind, messages 32 and 24 wide, tasks."""
     root = tmp_path_factory.mktemp("world")
-    for name, flags in {"actor": {}, "text": {"message": "text"}, "none": {"message": "none"},
-                        "narrow": {"sender_dim": 24}}.items():
-        make_actor(**flags).save(str(root / name))
+    for name, kind in (("actor", "latent"), ("text", "text"), ("none", "none")):
+        make_actor(kind=kind).save(str(root / name))
     save_model(root / "plain")
-    for name, width in (("full", 32), ("other", 24)):
+    for name, width in (("full", 32), ("narrow", 24)):
         make_data(str(root / name), N, width)
+    paths = {name: str(root / name) for name in ("actor", "text", "none", "plain")}
+    shards = {name: LatentShards(str(root / name / "messages")) for name in ("full", "narrow")}
     tasks = [{"id": f"t{n}", "task": f"task {n // 2}"} for n in range(N)]  # t0 and t1 have the same task, ...
-    paths = {name: str(root / name) for name in ("actor", "text", "none", "narrow", "plain")}
-    return paths | {"tasks": tasks, "full": LatentShards(str(root / "full" / "messages")),
-                    "other": LatentShards(str(root / "other" / "messages"))}
+    return paths | shards | {"tasks": tasks}
 
 
 def test_each_variant_has_its_actor(world):
-    actor, others = world["actor"], [world["text"], world["none"], world["narrow"]]
-    found = actors_of_variants(VARIANTS, actor, others, cross=world["other"])
-    assert found == dict.fromkeys(VARIANTS, actor) | {
-        "cot_full": world["text"], "no_cot": world["none"], "qwen2llama": world["narrow"]}
-    assert actors_of_variants(["qwen2llama"], actor) == {"qwen2llama": actor}  # without other messages: as latent
+    actor, others = world["actor"], [world["text"], world["none"]]
+    assert actors_of_variants(VARIANTS, actor, others) == dict.fromkeys(VARIANTS, actor) | {
+        "cot_full": world["text"], "no_cot": world["none"]}
     for variant, flag in (("cot_full", "--message text"), ("no_cot", "--message none")):
         with pytest.raises(UserError, match=flag):
             actors_of_variants([variant], actor)
-    with pytest.raises(UserError, match="24 wide"):
-        actors_of_variants(["qwen2llama"], actor, cross=world["other"])
 
 
 def test_a_plain_model_reads_no_text_message(world, tmp_path):
     """Its tokenizer has no <bop>; one with an unknown token has an id for it all the same."""
-    unknown = str(save_model(tmp_path / "unknown"))
+    unknown = save_model(tmp_path / "unknown")
     tokenizer = load_tokenizer(unknown)
     tokenizer.unk_token = "<|endoftext|>"
     tokenizer.save_pretrained(unknown)
@@ -147,98 +145,112 @@ def test_a_plain_model_reads_no_text_message(world, tmp_path):
     for path in (world["plain"], unknown):
         with pytest.raises(UserError, match=f"{path} knows no <bop>"):
             actors_of_variants(["no_comm", "text"], path)
-        assert actors_of_variants(["no_comm"], path) == {"no_comm": path}
+        assert actors_of_variants(["no_comm"], path)["no_comm"] == path
 
 
 def test_labels_of_the_table(world):
-    """A row per K or per share for what reads states, one for what does not."""
-    full, actors = world["full"], dict.fromkeys(VARIANTS, world["actor"])
-    names = ["latent", "text", "randomrot", "no_comm"]
-    rows = table_rows(names, actors, world["tasks"], {"": full, "_k8": full})
+    """A row per K or per share for what reads states, one for what does not, one per named directory."""
+    full, actor, tasks = (world[name] for name in ("full", "actor", "tasks"))
+    names, actors = ["latent", "text", "randomrot", "no_comm"], dict.fromkeys(VARIANTS, actor)
+    rows = table_rows(names, actors, tasks, {"": full, "_k8": full})
     assert list(rows) == ["latent", "latent_k8", "text", "randomrot", "randomrot_k8", "no_comm"]
-    rows = table_rows(names, actors, world["tasks"], {"": full}, keep_ratio=[1.0, 0.5])
+    rows = table_rows(names, actors, tasks, {"": full}, keep_ratio=[1.0, 0.5])
     assert list(rows) == ["latent", "latent_keep0.5", "text", "randomrot", "randomrot_keep0.5", "no_comm"]
-    assert rows["randomrot_keep0.5"] == {"variant": "randomrot", "shards": full, "keep": 0.5}
-    assert list(table_rows(["no_comm"], actors, world["tasks"], {})) == ["no_comm"]
-    rows = table_rows(["latent", "qwen2llama"], {"latent": world["actor"], "qwen2llama": world["narrow"]},
-                      world["tasks"], {"_k8": full}, cross=world["other"])
-    assert {label: row["shards"] for label, row in rows.items()} == {
-        "latent_k8": full, "qwen2llama": world["other"]}
+    assert rows["randomrot_keep0.5"] == {"variant": "randomrot", "actor": actor, "shards": full, "keep": 0.5}
+    assert list(table_rows(["latent"], actors, tasks, {"_k8": full}, keep_ratio=[0.5])) == ["latent_k8_keep0.5"]
+    named = named_messages([f"llama={full.directory}"])
+    rows = table_rows(["no_comm"], actors, tasks, {}, named)  # the flags' shares are not theirs
+    assert list(rows) == ["no_comm", "llama"]
+    assert rows["llama"] == {"variant": "latent", "actor": actor, "shards": named["llama"], "keep": 1.0}
 
 
 def test_messages_that_cannot_be_read(world):
-    tasks, full = world["tasks"], world["full"]
+    tasks, full, actor = world["tasks"], world["full"], world["actor"]
     with pytest.raises(UserError, match="no adapter.*cross_task"):
-        check_messages("cross_task", world["plain"], full, tasks)
+        check_messages(tasks, variant="cross_task", actor=world["plain"], shards=full)
     with pytest.raises(UserError, match="--hidden_data or --sender"):
-        table_rows(["text"], {"text": world["actor"]}, tasks, {})
-    with pytest.raises(UserError, match="no message for 1 tasks, the first t9"):
-        check_messages("latent", world["actor"], full, [*tasks, {"id": "t9", "task": "x"}])
-    with pytest.raises(UserError, match="24 wide.*reads 32.*tiny"):
-        check_messages("latent", world["actor"], world["other"], tasks)
+        table_rows(["text"], {"text": actor}, tasks, {})
+    with pytest.raises(UserError, match="no message for 1 tasks, the first t9.*collect.py"):
+        check_messages([*tasks, {"id": "t9", "task": "x"}], variant="latent", actor=actor, shards=full)
+    with pytest.raises(UserError, match="narrow.* 24 wide.*reads 32"):
+        table_rows([], {"latent": actor}, tasks, {"": full}, {"other": world["narrow"]})
     full.records["t3"]["plan"], plan = " ", full.records["t3"]["plan"]
     with pytest.raises(UserError, match="t3 has an empty plan"):
-        check_messages("text", world["actor"], full, tasks)
+        check_messages(tasks, variant="text", actor=actor, shards=full)
     full.records["t3"]["plan"] = plan
+    for pairs in (["llama"], ["=full"], ["text=full"], [f"llama={full.directory}"] * 2):
+        with pytest.raises(UserError, match=f"--messages takes NAME=DIR.*{pairs[-1]}"):
+            named_messages(pairs)
 
 
 def test_results_of_other_settings_are_refused(tmp_path):
-    check_settings(str(tmp_path), {"seed": 0}, "--output_dir")
-    write_json(str(tmp_path / "settings.json"), {"seed": 0, "weights": {"actor": "a"}})
-    check_settings(str(tmp_path), {"seed": 0, "weights": {"actor": "a"}}, "--output_dir")
+    out, sender = str(tmp_path / "o"), str(tmp_path / "sender")
+    write_json(f"{sender}/config.json", {})
+    given = {"output_dir": out, "seed": 0, "id_field": ("id", "idx"), "sender": sender, "batch_size": 2, "runs": 1}
+    settings = check_settings("output_dir", given, but=["runs"])
+    contents = dict.fromkeys(("model_path", "baseline_path", "hidden_data", "messages", "dataset"), [])
+    assert settings == {"seed": 0, "id_field": ["id", "idx"], "sender": sender,
+                        "contents": contents | {"sender": [fingerprint(sender)]}}
+    write_json(f"{out}/settings.json", settings)
+    assert check_settings("output_dir", given | {"batch_size": 9, "runs": 3}, but=["runs"]) == settings
     with pytest.raises(UserError, match="another --seed: give another --output_dir"):
-        check_settings(str(tmp_path), {"seed": 1}, "--output_dir")
-    with pytest.raises(UserError, match="set of weights"):
-        check_settings(str(tmp_path), {"weights": {"actor": "b"}}, "--output_dir")
+        check_settings("output_dir", given | {"seed": 1}, but=["runs"])
+    write_json(f"{sender}/config.json", {"trained": "anew"})
+    with pytest.raises(UserError, match="another file or folder at --sender"):
+        check_settings("output_dir", given, but=["runs"])
 
 
-def test_command_line():
-    flags = {"K": 8, "subjects": ["A", "B"], "seed": None, "task_field": ("a", "b"), "kwargs": {"think": False},
-             "response_field": "", "self_check": True}
-    assert command_line(flags) == ["--K", "8", "--subjects", "A", "B", "--kwargs", '{"think": false}',
-                                   "--response_field", "", "--self_check", "True"]
+@pytest.mark.parametrize("name", ["model_path", "baseline_path", "hidden_data", "sender", "messages", "dataset"])
+def test_no_output_inside_an_input(tmp_path, name):
+    value = {"baseline_path": [str(tmp_path)], "messages": [f"other={tmp_path}"]}.get(name, str(tmp_path))
+    for out in (tmp_path, tmp_path / "results"):
+        with pytest.raises(UserError, match="--output_dir .* is where the input"):
+            check_settings("output_dir", {"output_dir": str(out), name: value})
 
 
 # ---- samples
 
 @pytest.fixture(scope="module")
 def told(world):
-    """told(variant, n, ...) -> (the sample of a variant, its text)."""
-    actor = make_actor()
+    """told(variant, n, ...) -> (the sample of a variant, its text, the positions of its message)."""
+    actor, turns = make_actor(), [{"role": "user", "content": "what now?"}]
 
     def call(variant, n, seed=0, keep=1.0):
-        turns = [{"role": "user", "content": "what now?"}]
-        sample = message_sample(actor, turns, n, world["tasks"], seed, variant, world["full"], keep)
-        return sample, actor.tokenizer.decode(sample["input_ids"])
+        row = {"variant": variant, "actor": "a path", "shards": world["full"], "keep": keep}
+        sample, told = message_sample(actor, turns, n, world["tasks"], seed, **row)
+        length = told["message_length"]
+        assert told["sender_ms"] == (world["full"].records[f"t{n}"]["sender_ms"] if length else 0.0)
+        assert set(sample["labels"]) == {-100} and len(sample["labels"]) == len(sample["input_ids"])
+        text = actor.tokenizer.decode([token for token in sample["input_ids"] if token != LATENT])
+        return sample, text, length
     return call
 
 
 @pytest.mark.parametrize("variant", ["no_comm", "no_cot"])
 def test_who_is_told_nothing_sees_no_trace_of_a_message(told, variant):
-    sample, text = told(variant, 0)
-    assert sample["message_length"] == 0 and "what now?" in text
+    sample, text, length = told(variant, 0)
+    assert length == 0 and sample["latents"] is None and "what now?" in text
     assert not any(word in text for word in (PLAN_ANNOUNCEMENT, BOP, EOP))
 
 
 @pytest.mark.parametrize("variant", ["text", "cot_full"])
 def test_a_text_message_is_the_plan(world, told, variant):
-    sample, text = told(variant, 2)
+    sample, text, length = told(variant, 2)
     plan = world["full"].records["t2"]["plan"]
-    assert f"{PLAN_ANNOUNCEMENT}{BOP}{plan}{EOP}" in text and sample["message_length"] == len(plan)
+    assert f"{PLAN_ANNOUNCEMENT}{BOP}{plan}{EOP}" in text
+    assert length == len(plan) and sample["latents"] is None
 
 
 def test_latent_messages(world, told):
-    full = world["full"]
     for n in range(N):
-        H = full[f"t{n}"]
-        for variant in ("latent", "qwen2llama"):
-            assert torch.equal(told(variant, n)[0]["latents"], H)
-        half = told("latent", n, keep=0.5)[0]
-        assert torch.equal(half["latents"], H[:round(0.5 * len(H))])
-        assert half["message_length"] == len(half["latents"])
-        assert told("latent", n, keep=0.0)[0]["message_length"] == 0
+        H = world["full"][f"t{n}"]
+        for keep in (1.0, 0.5, 0.0):
+            sample, text, length = told("latent", n, keep=keep)
+            assert torch.equal(sample["latents"], H[:round(keep * len(H))]) and f"{BOP}{EOP}" in text
+            assert length == len(sample["latents"]) == sample["input_ids"].count(LATENT)
         for variant in PERTURBATIONS:
-            assert torch.equal(told(variant, n, seed=3)[0]["latents"], perturb(variant, H, 3, f"t{n}"))
+            sample, _, length = told(variant, n, seed=3)
+            assert torch.equal(sample["latents"], perturb(variant, H, 3, f"t{n}")) and length == len(H)
 
 
 def test_cross_task_is_a_whole_message_of_another_task(world, told):
@@ -250,13 +262,3 @@ def test_cross_task_is_a_whole_message_of_another_task(world, told):
             assert len(sources) == 1 and sources[0] // 2 != n // 2  # of another text, not only of another id
             seen.add(sources[0])
     assert seen == set(range(N))
-
-
-def test_no_label_in_an_evaluation(told):
-    for variant in ("latent", "text", "no_comm"):
-        sample = told(variant, 1)[0]
-        assert set(sample["labels"]) == {-100} and len(sample["labels"]) == len(sample["input_ids"])
-
-
-def test_every_latent_variant_has_a_sample(told):
-    assert all(told(variant, 0)[0]["message_length"] > 0 for variant in LATENT_VARIANTS)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from common import read_json
 from data import PLAN_ANNOUNCEMENT
-from model import (HiddenStateProcessor, LatentActor, add_markers, embedding_rms, init_markers, write_shard)
+from hf import embedding_rms
+from model import ADAPTER_FORMAT, LatentActor, add_markers, init_markers, make_adapter, write_shard
 from templates import CHATML, SENTENCEPIECE, SPECIAL  # noqa: F401
 
 
@@ -40,18 +41,18 @@ def sentencepiece_like(dummy_prefix):
     return tokenizer
 
 
-def make_tokenizer(kind="chatml"):
+def make_tokenizer(template="chatml"):
     """A small tokenizer with a family's special tokens, template and BOS habit."""
-    template, special, eos, bos = SPECIAL[kind]
-    tokenizer = sentencepiece_like(SENTENCEPIECE[kind]) if kind in SENTENCEPIECE else byte_level()
+    chat_template, special, eos, bos = SPECIAL[template]
+    tokenizer = sentencepiece_like(SENTENCEPIECE[template]) if template in SENTENCEPIECE else byte_level()
     tokenizer.add_special_tokens(special)
     if bos:  # Llama's and Mistral's tokenizers add a BOS of their own: the classic double BOS
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    unk = "<unk>" if kind in SENTENCEPIECE else None
+    unk = "<unk>" if template in SENTENCEPIECE else None
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, unk_token=unk,
                                    pad_token=special[0])
-    fast.chat_template = template
+    fast.chat_template = chat_template
     fast.chat_template_kwargs = {"enable_thinking": False}  # as load_tokenizer sets it
     return fast
 
@@ -67,8 +68,8 @@ def make_lm(family="qwen2", width=32, layers=2, vocab=280, tied=False, seed=0, c
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_model(directory, family="qwen2", kind="chatml", **kwargs):
-    tokenizer = make_tokenizer(kind)
+def save_model(directory, family="qwen2", template="chatml", **kwargs):
+    tokenizer = make_tokenizer(template)
     make_lm(family, **{"vocab": max(280, len(tokenizer)), **kwargs}).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -106,18 +107,19 @@ def make_data(directory, n=8, width=32, seed=0):
     return train, messages
 
 
-def make_actor(family="qwen2", kind="chatml", width=32, sender_dim=32, message="latent", seed=0, context=4096,
+def make_actor(family="qwen2", template="chatml", width=32, sender_dim=32, kind="latent", seed=0, context=4096,
                tied=False):
-    """A random actor with its adapter (message "latent"), or a baseline's actor ("text", "none")."""
-    lm, tokenizer = make_lm(family, width=width, seed=seed, context=context, tied=tied), make_tokenizer(kind)
+    """A random actor with its adapter (kind "latent"), or a baseline's actor ("text", "none")."""
+    lm, tokenizer = make_lm(family, width=width, seed=seed, context=context, tied=tied), make_tokenizer(template)
     adapter = None
     init_markers(lm, add_markers(tokenizer))
-    info = {"message": message, "plan_announcement": PLAN_ANNOUNCEMENT, "format_version": 2}
-    if message == "latent":
+    info = {"kind": kind, "plan_announcement": PLAN_ANNOUNCEMENT, "format_version": ADAPTER_FORMAT}
+    if kind == "latent":
         arguments = {"sender_dim": sender_dim, "dim": width, "num_heads": 4,
                      "output_scale": embedding_rms(lm) / 0.2}
-        adapter = HiddenStateProcessor(**arguments)
-        info |= {"sender": "tiny", "adapter": arguments}
+        info |= {"sender": None,  # any messages of this width
+                 "adapter": {"class": "model:HiddenStateProcessor", "arguments": arguments}}
+        adapter = make_adapter(info["adapter"])
     return LatentActor(lm, tokenizer, adapter, info).eval()
 
 
