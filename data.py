@@ -104,7 +104,6 @@ def human_text(turns, n):
 
 def to_turns(record, task_turn=0):
     """A record of conversations -> its turns, [{"role", "content", "learn"}]. Raises UserError.
-
     task_turn t > 0 folds turns 0 and t into the first human turn and drops what lies between: ETO's
     files open with instruction, "OK", task. A system turn stays in front and is not counted."""
     system, turns = read_turns(record)
@@ -182,9 +181,8 @@ def template_pieces(tokenizer, turns, add_generation_prompt):
         raise UserError("the chat template drops, moves or repeats a turn")
     pieces[1::2] = [turn["content"] for turn in turns]
     if "".join(pieces) != template_text(tokenizer, turns, add_generation_prompt):
-        # "/no_think" in a turn, a reply with its thoughts
-        raise UserError("the chat template reads what its turns say and writes another prompt for it: take "
-                        "such words (switches, <think>) out of the turns")
+        raise UserError("the chat template reads what the turns say and writes something else for it: take "
+                        "such words (/no_think, <think>) out of the turns")
     return pieces[::2]
 
 
@@ -313,6 +311,7 @@ def encode_conversation(tokenizer, turns, announcement=None):
     replies = {k: turn.get("learn", True) for k, turn in enumerate(turns) if turn["role"] == "assistant"}
     if not any(replies.values()):
         raise UserError("no assistant turn to learn from")
+    template_pieces(tokenizer, turns[:max(replies) + 1], False)  # refuses replies that it would write otherwise
     before, chunks, was_learned = [], [], False  # chunks of `after`: (ids, are they labels?)
     for k, is_learned in replies.items():
         part = encode_prompt(tokenizer, turns[:k], announcement, reply=turns[k]["content"])

@@ -139,6 +139,19 @@ def test_with_thinking_on_the_model_writes_its_thoughts_itself():
     assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("texts", [["a /no_think", "b"], ["a", "<think>x</think>b"],
+                                   ["a", "<think>x</think>b", "c", "d"]])
+def test_a_template_that_reads_what_the_turns_say_is_refused(texts):
+    """What is trained is what it would write: switches in a task, replies that carry their thoughts."""
+    tokenizer, other = with_markers("chatml"), with_markers("chatml")
+    other.chat_template = CHATML.replace("m.content +", "m.content.split('</think>')[-1].replace('/no_think', '') +")
+    plain = [re.sub("<think>.*</think>| /no_think", "", text) for text in texts]
+    assert encode_conversation(other, as_turns(plain)) == encode_conversation(tokenizer, as_turns(plain))
+    encode_conversation(tokenizer, as_turns(texts))
+    with pytest.raises(UserError, match="reads what the turns say"):
+        encode_conversation(other, as_turns(texts))
+
+
 @pytest.mark.parametrize("eos, extra", [(None, []), (7, [7]), ([7, 9], [7, 9])])
 def test_generation_stops_at_the_models_own_ends_too(eos, extra):
     lm, plain = make_lm(), make_tokenizer()

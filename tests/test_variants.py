@@ -9,8 +9,8 @@ from data import PLAN_ANNOUNCEMENT
 from hf import load_tokenizer
 from model import BOP, EOP, LATENT, LatentShards
 from tiny import make_actor, make_data, save_model
-from variants import (PERTURBATIONS, VARIANTS, actors_of_variants, add_flags, check_args, check_messages, check_settings,
-                      message_sample, named_messages, perturb, table_rows)
+from variants import (PERTURBATIONS, VARIANTS, actors_of_variants, add_flags, check_args, check_messages,
+                      check_settings, message_sample, named_messages, perturb, table_rows)
 
 
 N = 6
