@@ -33,18 +33,18 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Errors and flags
 
+STOP_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+LOCKS = {}  # {folder: its descriptor}, until main ends
+
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what was expected and what was there. Scripts exit
-    with code 2."""
-
+    """A mistake of the user's: one line that says what was expected and what was there; exit code 2."""
     def __init__(self, text):
         super().__init__(" ".join(text.split()))  # one line, whatever was read
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with a line per flag, and a wrong flag reported in one line."""
-
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.heading = self
@@ -57,8 +57,8 @@ class Parser(argparse.ArgumentParser):
         self.heading = self.add_argument_group(title)
 
     def flag(self, name, default, help, **options):
-        """A flag (or several names for it) whose default tells its type: False -> true|false, 8 -> an integer of
-        at least 1, 0 -> any integer. `...` as the default: the flag must be given."""
+        """A flag (or several names of it) whose default tells its type: False -> true|false, 8 -> an integer
+        of at least 1, 0 -> any integer; ... -> the flag must be given."""
         if default is ...:
             options["required"] = True
         elif isinstance(default, bool):
@@ -71,21 +71,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text):
-    """argparse type of true|false flags."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     raise argparse.ArgumentTypeError(f"expected true or false, found {text}")
 
 
 def positive(text):
-    """argparse type of counts: an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text}")
     return int(text)
 
 
 def json_object(text):
-    """argparse type of --chat_template_kwargs: a JSON object."""
     try:
         return dict(json.loads(text))
     except (TypeError, ValueError):
@@ -113,7 +110,7 @@ def one_line_errors(prog):
                 return main(argv)
             except KeyboardInterrupt:
                 code, text = 130, "stopped by Ctrl-C; what is on disk stays, the same command continues"
-            except (UserError, OSError) as error:  # OSError: no permission, too many files, ...; it names the file
+            except (UserError, OSError) as error:  # OSError: no permission, too many files, ...
                 code, text = 2, f"error: {error}"
             finally:
                 for number, handler in handlers.items():
@@ -127,23 +124,16 @@ def one_line_errors(prog):
 
 
 def is_text(value):
-    """True for a str that has a UTF-8 form: JSON can hold half of a surrogate pair, which no tokenizer
-    reads."""
+    """True for a str that has a UTF-8 form, which half of a surrogate pair, from a JSON file, has not."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-STOP_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
-
-
 def catch_stop():
-    """SIGTERM, by which clusters preempt, and the first Ctrl-C -> a list that is no longer empty once one of them
-    came. main's decorator undoes it."""
+    """A list that SIGTERM (clusters preempt by it) or the first Ctrl-C fills; main's decorator undoes it."""
     asked = []
-
     def handler(number, frame):
         asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one does not wait
-
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGINT, handler)
     return asked
@@ -169,8 +159,7 @@ def atomic_path(path):
         os.replace(temporary, path)
         sync(os.path.dirname(os.path.abspath(path)))
     except Exception as error:
-        # a full disk: tokenizers raise an Exception of it, torch.save a RuntimeError
-        known = isinstance(error, (OSError, SafetensorError))
+        known = isinstance(error, (OSError, SafetensorError))  # a full disk: tokenizers and torch.save raise others
         if not known and not re.search("os error|PytorchStream|unexpected pos", str(error)):
             raise
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; nothing written before is lost: make "
@@ -181,8 +170,7 @@ def atomic_path(path):
 
 
 def remove(path):
-    """Delete a file or a directory, if it is there. A directory loses its name first: a kill leaves no
-    half of it."""
+    """Delete a file or a directory, if it is there. A directory loses its name first: no kill leaves half."""
     if os.path.isdir(path):
         doomed = path if ".tmp" in os.path.basename(path) else f"{path}.tmp{os.getpid()}old"
         os.rename(path, doomed)
@@ -208,8 +196,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Parse .json, or .jsonl and .ndjson (a list of records), all of them also with .gz. Raises UserError with
-    the file and the line."""
+    """Parse .json, or .jsonl and .ndjson (a list), also with .gz. UserError names file and line."""
     number, read = None, gzip.open if path.endswith(".gz") else open
     try:
         with read(path, "rt", encoding="utf-8") as file:
@@ -260,8 +247,7 @@ def changed_settings(before, now):
 
 
 def check_output(flag, output, inputs):
-    """Raises UserError where an output folder is one of the inputs' folders, or lies in a folder that is an
-    input: no output may eat an input."""
+    """No output may eat an input: UserError where its folder is an input's folder, or lies in one."""
     output = os.path.realpath(output)
     for path in filter(None, inputs):
         folder = os.path.realpath(path)
@@ -270,11 +256,8 @@ def check_output(flag, output, inputs):
             raise UserError(f"{flag} {output} is where the input {path} is: give a folder of its own")
 
 
-LOCKS = {}  # {folder: its descriptor}, until main ends
-
-
 def lock(directory):
-    """Make a folder of output this process's alone, before a model is loaded. A killed run leaves no lock."""
+    """Make a folder this process's alone, before a model is loaded. A killed run leaves no lock."""
     os.makedirs(directory, exist_ok=True)
     if directory in LOCKS:
         return
@@ -292,15 +275,13 @@ def lock(directory):
 
 def this_rank():
     """(rank, world size, device) of this process: torchrun's, or (0, 1, ...) without it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return rank, world, device
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
 
 
 def progress(iterable=None, rank=0, **options):
     """A tqdm bar of rank 0; in a log file a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(iterable, disable=rank > 0, mininterval=interval, **options)
+    return tqdm(iterable, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
 
 
 def all_reduce_sum(values, device):
@@ -333,33 +314,29 @@ def wilson_interval(successes, n, z=1.96):
     p, scale = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    # p itself is inside, whatever rounding says
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is inside, whatever rounding says
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. A training run
 
-NOT_THE_MODEL = ("optimizer.pt", "trainer_state.json")
+def read_rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def checkpoints(directory):
     """[(N, path)] of the checkpoint-N in a directory, oldest first."""
-    names = os.listdir(directory) if os.path.isdir(directory) else []
-    matches = [re.fullmatch(r"checkpoint-(\d+)", name) for name in names]
-    return sorted((int(m[1]), os.path.join(directory, m[0])) for m in matches if m)
+    names = [name for name in glob.glob("checkpoint-*", root_dir=directory) if name[11:].isdecimal()]
+    return sorted((int(name[11:]), os.path.join(directory, name)) for name in names)
 
 
 class Run:
     """The files of one training run; it knows nothing of models and losses.
-
         OUTPUT/checkpoint-N/   model, optimizer.pt, trainer_state.json: a killed run goes on from the newest
         OUTPUT/loss_log.csv    a line per step
         OUTPUT/                becomes the best model, or the last, when the run is over
-
-    `state` is what trainer_state.json holds: step, stopped, settings, best_step, best_eval_loss, bad_evals and
-    whatever the script adds. Raises UserError where settings are not those of the run to continue."""
-
+    `state` is what trainer_state.json holds. Raises UserError where settings differ from the run to continue."""
     def __init__(self, output_dir, settings, resume="auto", rank=0):
         self.output_dir, self.rank, self.log_file = output_dir, rank, None
         self.state = {"step": 0, "stopped": False, "settings": settings,
@@ -368,14 +345,12 @@ class Run:
         self.checkpoint = saved[-1][1] if saved else None
         if self.checkpoint:
             self.state = read_json(os.path.join(self.checkpoint, "trainer_state.json"))
-            changed = changed_settings(self.state["settings"], settings)
-            if changed:
+            if changed := changed_settings(self.state["settings"], settings):
                 raise UserError(f"{self.checkpoint} was trained with another {changed}: give the same flags, "
                                 f"another --output_dir, or --resume never")
 
     def is_over(self, max_steps, patience=0):
-        """True where nothing is left to do. trainer_state.json is written last of all. A finished run goes on if
-        its max_steps was raised."""
+        """True where no step is left and all is written, trainer_state.json last. A larger max_steps goes on."""
         state = self.state
         state["stopped"] = state["step"] >= max_steps or 0 < patience <= state["bad_evals"]
         over = state["stopped"] and os.path.exists(os.path.join(self.output_dir, "trainer_state.json"))
@@ -384,28 +359,21 @@ class Run:
         return over
 
     def clear(self):
-        """Before the first step: half-written files of a killed run go, and all of an old run that is not
-        continued."""
+        """Before the first step: half-written files go, and all of an old run that is not continued."""
         if self.rank > 0:
             return
         for name in os.listdir(self.output_dir):
-            if ".tmp" in name:
+            if ".tmp" in name or name == "trainer_state.json":
                 remove(os.path.join(self.output_dir, name))
-        remove(os.path.join(self.output_dir, "trainer_state.json"))
-        if self.checkpoint is None:
-            for _, path in checkpoints(self.output_dir):
-                remove(path)
+        for _, path in [] if self.checkpoint else checkpoints(self.output_dir):
+            remove(path)
 
     def log(self, record):
-        """A line of loss_log.csv. The first record names the columns; lines that came after the checkpoint
-        are run, and logged, again."""
+        """A line of loss_log.csv; the first record names the columns. What follows the checkpoint goes."""
         if self.log_file is None:
-            path, columns, kept = os.path.join(self.output_dir, "loss_log.csv"), list(record), []
-            if self.checkpoint and os.path.exists(path):
-                with open(path) as file:
-                    for row in csv.DictReader(file):
-                        if row[columns[-1]] and int(row["step"]) < record["step"]:  # a torn line lacks its end
-                            kept.append(row)
+            path, columns = os.path.join(self.output_dir, "loss_log.csv"), list(record)
+            kept = read_rows(path) if self.checkpoint and os.path.exists(path) else []  # a torn line has no end
+            kept = [row for row in kept if row[columns[-1]] and int(row["step"]) < record["step"]]
             with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
@@ -416,8 +384,7 @@ class Run:
         self.log_file.flush()
 
     def note_eval(self, eval_loss, patience):
-        """Keep the books of an evaluation -> whether it is the best so far. patience > 0: so many without a
-        new best stop the run."""
+        """Note an evaluation -> whether it is the best so far. `patience` > 0 others in a row stop the run."""
         state, is_best = self.state, eval_loss < self.state["best_eval_loss"]
         state["bad_evals"] = 0 if is_best else state["bad_evals"] + 1
         if is_best:
@@ -426,21 +393,17 @@ class Run:
         return is_best
 
     def save(self, model, write_model, optimizer, keep):
-        """checkpoint-N in one atomic step -> its path; then all but the newest `keep` and the best go.
-
-        All ranks must call it, because FSDP2 puts the shards together; rank 0 writes.
-        write_model(path, state_dict) gets {name: whole tensor on the CPU}."""
-        from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                             get_optimizer_state_dict)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)
-        optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
+        """checkpoint-N in one atomic step -> its path; then all but the newest `keep` and the best go. All ranks
+        must call it (FSDP2 joins the shards); write_model(path, {name: whole tensor on the CPU}) is rank 0's."""
+        from torch.distributed.checkpoint import state_dict as dcp  # slow to import
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = dcp.get_model_state_dict(model, options=options)
+        optimizer_state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
         directory = os.path.join(self.output_dir, f"checkpoint-{self.state['step']}")
         if self.rank > 0:
             return directory
-        names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # a tied head once
         with atomic_path(directory) as temporary:
-            # named_parameters names a tied head once, so it is not stored twice
             write_model(temporary, {name: tensor for name, tensor in weights.items() if name in names})
             torch.save(optimizer_state, os.path.join(temporary, "optimizer.pt"))
             write_json(os.path.join(temporary, "trainer_state.json"), self.state)
@@ -451,22 +414,20 @@ class Run:
 
     def load_optimizer(self, model, optimizer):
         """Each rank maps the checkpoint's optimizer.pt into memory and takes its part."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        from torch.distributed.checkpoint import state_dict as dcp
         path = os.path.join(self.checkpoint, "optimizer.pt")
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        dcp.set_optimizer_state_dict(model, optimizer, state, options=dcp.StateDictOptions(full_state_dict=True))
 
     def publish(self, curves, ylabel):
-        """OUTPUT becomes the best model, or the last where nothing was held out -> its checkpoint. curves:
-        the columns of loss_log.csv that loss_curve.png shows."""
+        """OUTPUT becomes the best (else last) model -> its checkpoint. curves: columns of loss_curve.png."""
         if self.log_file is not None:
             self.log_file.close()
-        plot_curves(os.path.join(self.output_dir, "loss_log.csv"),
-                    os.path.join(self.output_dir, "loss_curve.png"), curves, ylabel)
-        step = self.state["best_step"] or self.state["step"]
-        source = os.path.join(self.output_dir, f"checkpoint-{step}")
+        log, picture = (os.path.join(self.output_dir, name) for name in ("loss_log.csv", "loss_curve.png"))
+        plot_curves(log, picture, curves, ylabel)
+        source = os.path.join(self.output_dir, f"checkpoint-{self.state['best_step'] or self.state['step']}")
         for name in sorted(os.listdir(source)):
-            if name not in NOT_THE_MODEL:
+            if name not in ("optimizer.pt", "trainer_state.json"):
                 with atomic_path(os.path.join(self.output_dir, name)) as temporary:
                     shutil.copy(os.path.join(source, name), temporary)
         write_json(os.path.join(self.output_dir, "trainer_state.json"), self.state)
@@ -485,29 +446,25 @@ def save_figure(figure, path):
 def plot_curves(csv_path, png_path, columns, ylabel):
     """Columns of loss_log.csv against the step; a column without a number other than 0 is left out."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
-    with open(csv_path) as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
+    rows = read_rows(csv_path)
+    axes = Figure(figsize=(7, 4)).subplots()
     for name in columns:
         points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
         if any(y for _, y in points):
             axes.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=4)
     axes.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
     axes.legend()
-    save_figure(figure, png_path)
+    save_figure(axes.figure, png_path)
 
 
 def plot_bars(path, labels, values, intervals, xlabel, title=""):
-    """Horizontal bars from 0 to 1 with their intervals [(low, high)]; the first label on top, and dark:
-    the message."""
+    """Horizontal bars from 0 to 1, intervals [(low, high)]; the first (the message) on top, and dark."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 0.8 + 0.38 * len(labels)))
-    axes = figure.subplots()
+    axes = Figure(figsize=(8, 0.8 + 0.38 * len(labels))).subplots()
     errors = [[value - low for value, (low, _) in zip(values, intervals)],
               [high - value for value, (_, high) in zip(values, intervals)]]
     colors = ["tab:blue"] + ["lightsteelblue"] * (len(labels) - 1)
     axes.barh(labels, values, xerr=errors, color=colors, capsize=3)
     axes.set(xlim=(0, 1), xlabel=xlabel, title=title)
     axes.invert_yaxis()
-    save_figure(figure, path)
+    save_figure(axes.figure, path)

@@ -10,7 +10,6 @@ and, if it wants, sender_text(task) -> what its sender is asked, if that is not 
 parse_action(reply) -> action; cut_reply(reply) -> what the conversation keeps of a reply; `instruction`, which
 opens the first turn unless the actor was trained with another one.
 """
-import atexit
 import contextlib
 import copy
 import functools
@@ -52,36 +51,19 @@ These are the actions, with {obj} for an object and {recep} for a receptacle, ea
 
 # What an agent says -> what this game may call it: `put` or `move` is up to the version that made the game
 # file, and ETO's list has a `toggle` that no version knows.
-WORDINGS = (
-    (r"put (.+) in/on (.+)", r"move \1 to \2"),
-    (r"move (.+) to (.+)", r"put \1 in/on \2"),
-    (r"toggle (\S+ \d+).*", r"use \1"),
-)
-# What the engine answers -> what published transcripts say there. ETO's, like ReAct's, have no "You arrive at
-# loc 7."; game files of version 0.4, which alfworld-download fetches, say "You move the mug 1 to the shelf 1."
-ANSWERS = (
-    (r"^You arrive at [^.]*\. ", ""),
-    (r"^You move the (.+) to the (.+)\.$", r"You put the \1 in/on the \2."),
-)
-
-
-@contextlib.contextmanager
-def quiet_engine():
-    """The engine prints when it starts, and its planner overwrites sys.argv at every reset."""
-    argv = sys.argv
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        sys.argv = argv
+WORDINGS = ((r"put (.+) in/on (.+)", r"move \1 to \2"), (r"move (.+) to (.+)", r"put \1 in/on \2"),
+            (r"toggle (\S+ \d+).*", r"use \1"))
+# What the engine answers -> what published transcripts say there: no "You arrive at loc 7.", and `put` where
+# the game files that alfworld-download fetches say "You move the mug 1 to the shelf 1."
+ANSWERS = ((r"^You arrive at [^.]*\. ", ""),
+           (r"^You move the (.+) to the (.+)\.$", r"You put the \1 in/on the \2."))
+ACTION_LINE = re.compile(r"Action:[ \t]*(\S[^\n]*)")
 
 
 @functools.cache  # once a process
 def remember_translations():
-    """Have the engine keep what it has translated (1 MB a game) and parsed in this process.
-
-    Each reset translates the same two texts twice, each step parses the same rules of the grammar again.
-    With this a game's first reset takes half the time, any later one a tenth, and a step a third."""
+    """Have the engine translate and parse nothing twice in this process, for 1 MB a game: its first reset takes
+    half the time, any later one a tenth, and a step a third."""
     import fast_downward
     from textworld.envs.pddl import textgen
     from textworld.logic import Rule
@@ -100,9 +82,7 @@ class AlfworldGame:
     """ALFWorld's household games through the unmodified AlfredTWEnv, in ETO's conversation format."""
     instruction = INSTRUCTION  # of an actor that was not trained with one of its own
     engine_max_steps = 1000  # the engine's own limit, out of the way: --max_steps is the cap
-
-    def __init__(self):
-        self.env = None
+    env = None  # one for all games: each loads another copy of the planner and never lets go of it
 
     def start_engine(self, folder):
         from alfworld.agents.environment import get_environment
@@ -123,7 +103,13 @@ class AlfworldGame:
         """Games of train, valid_seen or valid_unseen -> [{"id": folder/trial, "task", "type", "gamefile"}].
 
         Raises UserError where the engine, its data or the split is missing, or a game file is damaged."""
-        root, tasks = split_folder(split), []
+        if importlib.util.find_spec("alfworld") is None:
+            raise UserError("--env alfworld needs the game engine: pip install alfworld")
+        data = os.environ.get("ALFWORLD_DATA") or os.path.expanduser("~/.cache/alfworld")
+        root, tasks = os.path.join(data, "json_2.1.1", split), []
+        if not os.path.isdir(os.path.dirname(root)):
+            raise UserError(f"no json_2.1.1 in {data}: set ALFWORLD_DATA or run alfworld-download")
+        os.environ["ALFWORLD_DATA"] = data  # before alfworld is imported, which reads it or makes a folder up
         for name in glob.glob("**/game.tw-pddl", root_dir=root, recursive=True):
             path = os.path.join(root, name)
             game = read_json(path)
@@ -142,13 +128,16 @@ class AlfworldGame:
 
     def reset(self, task):
         """Start a game -> room and task, as turn 2 of ETO's conversations has them."""
-        with quiet_engine():
-            # one environment for all games: each loads another copy of the planner and never lets go of it
-            if self.env is None:
-                self.env = self.start_engine(os.path.dirname(task["gamefile"]))
-            self.env.gamefiles = [task["gamefile"]]  # it draws from a shuffled pool: make this one the pool
-            self.env.seed()
-            observations, infos = self.env.reset()
+        argv = sys.argv  # which the planner overwrites; and the engine prints when it starts
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                if self.env is None:
+                    self.env = self.start_engine(os.path.dirname(task["gamefile"]))
+                self.env.gamefiles = [task["gamefile"]]  # it draws from a pool: make this one the pool
+                self.env.seed()
+                observations, infos = self.env.reset()
+        finally:
+            sys.argv = argv
         self.admissible, self.facts = infos["admissible_commands"][0], infos["facts"][0]
         return observations[0].split("\n\n", 1)[1].strip()  # without the line of welcome
 
@@ -186,29 +175,9 @@ class AlfworldGame:
         return reply[:match.end()].strip() if match else reply
 
 
-ACTION_LINE = re.compile(r"Action:[ \t]*(\S[^\n]*)")
-
-
-def split_folder(split):
-    """The folder of a split's games. Raises UserError when the engine or its data is missing."""
-    if importlib.util.find_spec("alfworld") is None:
-        raise UserError("--env alfworld needs the game engine: pip install alfworld")
-    data = os.environ.get("ALFWORLD_DATA") or os.path.expanduser("~/.cache/alfworld")
-    if not os.path.isdir(os.path.join(data, "json_2.1.1")):
-        raise UserError(f"no games in {data}: set ALFWORLD_DATA to the folder with json_2.1.1, which "
-                        "alfworld-download fetches")
-    os.environ["ALFWORLD_DATA"] = data  # before alfworld is imported, which reads it or makes a folder up
-    return os.path.join(data, "json_2.1.1", split)
-
-
-def load_game(spec):
-    """"alfworld", or "module:Class" of a module that can be imported here -> the class of the game."""
-    return AlfworldGame if spec == "alfworld" else load_object(spec, "--env")
-
-
 def open_split(spec, split):
-    """"alfworld" or "module:Class", and a split -> (the class of the game, its checked tasks)."""
-    game = load_game(spec)
+    """"alfworld", or "module:Class" that can be imported here -> (the class of the game, its checked tasks)."""
+    game = AlfworldGame if spec == "alfworld" else load_object(spec, "--env")
     try:
         tasks = game().tasks(split)
     except UserError:
@@ -238,15 +207,15 @@ def spare_cores():
 
 def ask(games, make_game, slot, method, argument):
     """Call a method of one slot's game -> (answer or Crash, milliseconds), whatever it raises."""
+    if method == "step" and slot not in games:
+        return Crash("its process died in another game"), 0.0
     start = time.perf_counter()
     try:
-        if method != "step" and slot not in games:
+        if slot not in games:
             games[slot] = make_game()
-        answer = Crash("its process died in another game")
-        if slot in games:
-            answer = getattr(games[slot], method)(argument)
-            if method == "step":
-                answer[3]["won"]  # what a game must say, checked where its faults are caught
+        answer = getattr(games[slot], method)(argument)
+        if method == "step":
+            answer[3]["won"]  # what a game must say, checked where its faults are caught
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
         answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line
@@ -254,7 +223,7 @@ def ask(games, make_game, slot, method, argument):
 
 
 def start_worker(make_game):
-    """The first that a worker process does."""
+    """The first that a worker process does; then it answers `ask_here`."""
     def end_with_evaluator():
         multiprocessing.parent_process().join()  # who is killed tells nobody
         os._exit(1)
@@ -266,12 +235,11 @@ def start_worker(make_game):
 
 
 def ask_here(*question):
-    """`ask`, in a worker process."""
     return ask(*of_this_worker, *question)
 
 
 class GameWorkers:
-    """One game per slot 0, 1, 2, ..., in num_workers processes, or in this process if num_workers is 0.
+    """One game per slot 0, 1, 2, ..., in num_workers processes; 0: in this process.
 
         reset({slot: task}) -> {slot: first human turn}
         step({slot: action}) -> {slot: (observation, reward, done, info)}
@@ -281,17 +249,14 @@ class GameWorkers:
     `timeout` seconds (num_workers above 0 only). `ms`: how long each slot's last request took."""
 
     def __init__(self, make_game, num_workers=0, timeout=120):
-        self.make_game, self.timeout, self.games, self.ms = make_game, timeout, {}, {}
-        self.worker_of_task, self.worker_of_slot, self.closed = {}, {}, False
-        self.forking = threading.Lock()
+        self.make_game, self.timeout, self.closed, self.forking = make_game, timeout, False, threading.Lock()
+        self.games, self.ms, self.worker_of_task, self.worker_of_slot = {}, {}, {}, {}
         self.workers = [self.start() for _ in range(num_workers)]  # [(executor, its process)]
         self.threads = [futures.ThreadPoolExecutor(1) for _ in self.workers]  # each waits for one worker
-        atexit.register(self.close)
 
     def start(self):
-        # fork, as torch's DataLoader does: ready in 0.05 s with 20 MB, where spawn imports torch again (3 s,
-        # 170 MB). Safe after a model is loaded too: games use neither torch nor the GPU. One at a time: a
-        # process that inherits another's half-made pipes hides that the other has died.
+        # fork takes 0.05 s and 20 MB, spawn 3 s and 170 MB; games use neither torch nor the GPU. One at a time:
+        # a process that inherits another's half-made pipes hides that the other has died.
         with self.forking:
             context = multiprocessing.get_context("fork")
             executor = futures.ProcessPoolExecutor(1, context, start_worker, (self.make_game,))
@@ -300,14 +265,13 @@ class GameWorkers:
 
     def close(self):
         self.closed = True
-        for thread in self.threads:
+        for (_, process), thread in zip(self.workers, self.threads):
             thread.shutdown(wait=False, cancel_futures=True)  # nothing more is asked
-        for _, process in self.workers:
             process.kill()  # what was asked is over
-        for (executor, _), thread in zip(self.workers, self.threads):
+        for thread in self.threads:
             thread.shutdown()
+        for executor, _ in self.workers:
             executor.shutdown()
-        atexit.unregister(self.close)
 
     def request(self, method, arguments):
         """Call a method of the games of some slots, {slot: its argument} -> {slot: answer or Crash}."""
@@ -364,9 +328,8 @@ def in_workers(game, method, tasks, desc, rank=0):
 def sender_tasks(game, tasks, known=(), path=None, rank=0):
     """What the sender of each task is asked -> [{"id", "task", "type"?}].
 
-    It is asked task["task"] where a game has no `sender_text`, or crashes, which the evaluation will report.
-    known: {id: {"task"}} of messages that exist, whose games are not started again; path: a .json that keeps
-    the texts where a run is killed."""
+    That is task["task"] where a game has no `sender_text`, or crashes, which the evaluation will report. known:
+    {id: {"task"}} of messages that exist, whose games are not started; path: a .json that outlives a kill."""
     texts = {task["id"]: task["task"] for task in tasks}
     if hasattr(game, "sender_text"):
         name = f"{game.__module__}:{game.__qualname__}"  # another game has other texts for the same ids

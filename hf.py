@@ -1,5 +1,5 @@
 """
-What is asked of Hugging Face: any causal language model, run by its input embeddings and its last hidden states.
+What is asked of Hugging Face: any causal LM, run by its input embeddings and its last hidden states.
 
     1. load     config, tokenizer, model
     2. run      input embeddings -> states -> logits, with the family's own cache
@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
                           PreTrainedTokenizerFast)
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -27,19 +26,19 @@ from common import UserError
 # 1. Load
 
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # rounding is a tenth of it
 
 
 def first_line(error):
     """What a library says, short: its first line, and the next one where that is only a heading."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = re.split(r"\s*\n\s*", str(error).strip() or type(error).__name__)
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def check_path(path):
-    """Raises UserError at once for a directory that is not here or holds no model: the hub's client would try
-    for a minute to find it there."""
+def load_config(path, trust_remote_code=False):
+    """The model's (text) config, read before any weight. Raises UserError, at once for a directory that is
+    not here or holds no model: the hub's client would try for a minute to find it there."""
     there = os.listdir(path) if os.path.isdir(path) else []
     if not there and (path.count("/") != 1 or os.path.isdir(os.path.dirname(path))):
         raise UserError(f"no directory {path} here (and a hub id has the form owner/name)")
@@ -48,11 +47,6 @@ def check_path(path):
     if there and "config.json" not in there:
         hint = "not finished: run it again, or give its checkpoint-N" if "loss_log.csv" in there else "no model"
         raise UserError(f"{path} has no config.json: {hint}")
-
-
-def load_config(path, trust_remote_code=False):
-    """The model's (text) config, cheap: sizes are checked before any weight is read. Raises UserError."""
-    check_path(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
     except Exception as error:  # a config that contradicts itself has an error class of its own
@@ -73,8 +67,9 @@ def context_length(config):
 
 
 def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
-    """The model's tokenizer; `chat_template_kwargs` goes into every use of its template. Raises UserError."""
-    vocab_size = getattr(load_config(path, trust_remote_code), "vocab_size", None)
+    """A model's tokenizer, or one alone; its template always gets chat_template_kwargs. Raises UserError."""
+    alone = os.path.exists(f"{path}/tokenizer_config.json") and not os.path.exists(f"{path}/config.json")
+    vocab_size = None if alone else getattr(load_config(path, trust_remote_code), "vocab_size", None)
     try:
         # tokenizer.json is what the model was trained with; the class that tokenizer_config.json names would
         # rebuild its pre-tokenizer and normalizer from the vocabulary (transformers 5)
@@ -92,11 +87,12 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its {type(tokenizer).__name__} does not say where in a text each token ends: "
                         f"convert it to a tokenizer.json")
-    if isinstance(tokenizer.chat_template, dict):  # Command-R's, Hermes-3's: one for tools, one for documents
-        if "default" not in tokenizer.chat_template:
-            raise UserError(f"{path} has the chat templates {', '.join(tokenizer.chat_template)} and no default one: "
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # Command-R's, Hermes-3's: one for tools, one for documents
+        if "default" not in templates:
+            raise UserError(f"{path} has the chat templates {', '.join(templates)} and no default one: "
                             f"set tokenizer.chat_template to one of them and save it")
-        tokenizer.chat_template = tokenizer.chat_template["default"]
+        tokenizer.chat_template = templates["default"]
     if chat_template_kwargs is None:
         chat_template_kwargs = {"enable_thinking": False}
     tokenizer.chat_template_kwargs = chat_template_kwargs
@@ -106,34 +102,32 @@ def load_tokenizer(path, trust_remote_code=False, chat_template_kwargs=None):
 def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True):
     """AutoModelForCausalLM, in eval mode, parameters in `dtype` (bf16, fp16 or fp32). Raises UserError:
     no model there, a package missing, or (with `check`) a family whose answers would be wrong."""
-    config = load_config(path, trust_remote_code)
+    load_config(path, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         lm, report = AutoModelForCausalLM.from_pretrained(
             path, config=without_dropout(config), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code,
             output_loading_info=True)
-        lm = lm.to(device).eval()
+        lm.to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
-    if report["missing_keys"]:  # transformers would make them at random
-        raise UserError(f"{path} has no {min(report['missing_keys'])}, which {type(lm).__name__} needs: is it a "
-                        "causal language model, and are all its files there?")
-    if check and report["unexpected_keys"]:  # scales of FP8, biases, LoRA keys: without them it is another model
-        raise UserError(f"{path} holds {min(report['unexpected_keys'])} (one of {len(report['unexpected_keys'])}), which "
-                        f"{type(lm).__name__} does not use: --self_check false runs it all the same")
+    family, missing, unused = type(lm).__name__, report["missing_keys"], report["unexpected_keys"]
+    if missing:  # transformers would make them at random
+        raise UserError(f"{path} has no {min(missing)}, which {family} needs: is it a causal LM, "
+                        "and are all its files there?")
+    if check and unused:  # scales of FP8, biases, LoRA keys: without them it is another model
+        raise UserError(f"{path} holds {min(unused)}, which {family} does not use: "
+                        "--self_check false runs it all the same")
     if check:
         self_check(lm)
-    used = set()
-    for module in (decoder_of(lm), lm.get_input_embeddings(), lm.get_output_embeddings()):
-        used.update(map(id, module.parameters()))
-    for parameter in lm.parameters():  # a vision tower gets no gradient, and DDP would wait for one
-        parameter.requires_grad_(id(parameter) in used)
+    parts = nn.ModuleList([decoder_of(lm), lm.get_input_embeddings(), lm.get_output_embeddings()])
+    lm.requires_grad_(False)  # a vision tower gets no gradient, and DDP would wait for one
+    parts.requires_grad_(True)
     return lm
 
 
 def without_dropout(config):
-    """Sets every dropout and jitter of the model itself to 0, nested configs too: with them a loss depends on
-    how samples are batched."""
+    """Sets every dropout and jitter to 0, nested configs' too: with them a loss depends on the batch."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             without_dropout(value)
@@ -143,26 +137,23 @@ def without_dropout(config):
 
 
 def word_embeddings(lm, most=4096):
-    """What the embedding module gives for some words, (n, D) fp32: not its table, Gemma's multiplies by
-    sqrt(D)."""
+    """What the embedding module, not its table (Gemma's scales it), gives for some words, (n, D) fp32."""
     module = lm.get_input_embeddings()
     V = module.weight.shape[0]
-    ids = torch.arange(0, V, max(1, V // most), device=module.weight.device)
     with torch.no_grad():
-        return module(ids[None])[0].float()
+        return module(torch.arange(0, V, max(1, V // most), device=lm.device)[None])[0].float()
 
 
 def embedding_rms(lm):
     """Root mean square of the LM's word embeddings: how loud a word is."""
-    return word_embeddings(lm).pow(2).mean().sqrt().item()
+    return word_embeddings(lm).square().mean().sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. Run: every script runs a model by decoder_states and lm_logits
 
 def decoder_of(lm):
-    """The module between input embeddings and output head: lm.get_decoder(), but for the few families where
-    that is the whole model (Llama-4's text model)."""
+    """What stands between input embeddings and head: get_decoder(), or in it where that is all (Llama-4's text)."""
     from transformers import PreTrainedModel  # takes as long as torch, and --help needs no model
     decoder = lm.get_decoder()
     if decoder is not lm and isinstance(decoder, PreTrainedModel):
@@ -171,7 +162,7 @@ def decoder_of(lm):
 
 
 def decoder_layers(lm):
-    """The ModuleList of decoder layers, of which FSDP2 and --compile take one at a time. Raises UserError."""
+    """The ModuleList of layers, of which FSDP2 and --compile take one at a time. Raises UserError."""
     for module in decoder_of(lm).modules():  # from the outside in: a layer's list of experts comes later
         if isinstance(module, nn.ModuleList):
             return module
@@ -179,7 +170,7 @@ def decoder_layers(lm):
 
 
 def new_cache(lm):
-    """The empty cache of the family: windows, recurrent states. `cache.reorder_cache(index)` keeps some samples."""
+    """The family's empty cache: windows, recurrent states. `cache.reorder_cache(index)` keeps some samples."""
     cache = DynamicCache(config=lm.config)
     for layer in cache.layers:
         if hasattr(layer, "update_recurrent_state"):
@@ -188,20 +179,16 @@ def new_cache(lm):
 
 
 def set_recurrent_state(layer, states, state_idx=0, **kwargs):
-    """Takes the new state of a recurrent layer as it is. transformers 5.24 (cache_utils.py) writes it over the
-    old one, through which a student's gradient has to pass."""
+    """Takes the new state as it is: transformers 5.24 overwrites the old one, which a student's gradient needs."""
     layer.recurrent_states[state_idx] = states
     layer.is_recurrent_states_initialized[state_idx] = True
     return states
 
 
 def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
-    """Last hidden states (B, T, D), after the final norm, at T new positions.
-
-    attention_mask (B, past + T) covers what is cached as well: with a mask of T columns the new positions
-    would not see the prompt (a defect of the released collector). Position ids skip what is masked:
-
-        attention_mask 0 0 1 1 1  ->  position_ids 0 0 0 1 2"""
+    """Last hidden states (B, T, D), after the final norm, at T new positions. attention_mask (B, past + T) covers
+    what is cached as well: with T columns the new positions would not see the prompt (a defect of the released
+    collector). Position ids skip what is masked: mask 0 0 1 1 1 -> ids 0 0 0 1 2."""
     T = inputs_embeds.shape[1]
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
     output = decoder_of(lm)(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
@@ -210,7 +197,7 @@ def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
 
 
 class GivenStates(BaseModelOutputWithPast):
-    """A decoder's output that is its last hidden states; what else it may hold (router logits, ...) is None."""
+    """A decoder's output that is its last hidden states; what else it may hold (router logits) is None."""
 
     def __getattr__(self, name):
         return None if not name.startswith("_") else super().__getattribute__(name)
@@ -218,12 +205,10 @@ class GivenStates(BaseModelOutputWithPast):
 
 def lm_logits(lm, hidden_states):
     """Last hidden states (..., D) -> logits (..., V), fp32. Llama: `lm.lm_head(hidden_states)`. Others scale
-    or cap them (Gemma-2, Cohere, Granite, MiniCPM3): so the model itself is run, while its decoder gives back
-    these states."""
+    or cap them (Gemma-2, Cohere): so the model itself is run, while its decoder gives back these states."""
     states, decoder = hidden_states.flatten(0, -2)[None], decoder_of(lm)  # (1, N, D)
     decoder.forward = lambda *args, **kwargs: GivenStates(last_hidden_state=states)
-    try:
-        # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
+    try:  # .forward, not a call: a hook on the model (FSDP2's, accelerate's) is meant for the whole of it
         logits = lm.forward(inputs_embeds=states, use_cache=False).logits  # (1, N, V)
     finally:
         del decoder.forward  # the class's own is seen again
@@ -233,15 +218,9 @@ def lm_logits(lm, hidden_states):
 # ------------------------------------------------------------------------------------------------
 # 3. Check
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # rounding: a tenth of it
-
-
 def check_same(states, expected):
-    """Raises ValueError unless both (1, T, D) are the same but for rounding, which is not the same in each
-    shape of batch: in bf16 it makes 1 or 2 % of a real model's states, where padding that is seen makes
-    40 to 60 %."""
-    if states.shape != expected.shape:
-        raise ValueError(f"shape {tuple(states.shape)} in place of {tuple(expected.shape)}")
+    """Raises ValueError unless both (1, T, D) are the same but for rounding, which in bf16 makes 1 or 2 % of a
+    real model's states (shapes of batches differ), where padding that is seen makes 40 to 60 %."""
     difference = (states - expected).float().norm(dim=-1)  # (1, T)
     error = (difference / expected.float().norm(dim=-1)).mean().item()
     if not error < TOLERANCE[expected.dtype]:  # NaN is not less
@@ -249,11 +228,11 @@ def check_same(states, expected):
 
 
 def some_embeds(lm, batch, length):
-    """Random ids (B, T), always the same, from the middle of the vocabulary (few control tokens are there,
-    no spare ones), and their embeddings (B, T, D)."""
-    V, generator = lm.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    """Random ids (B, T), always the same, of the middle of the vocabulary, and their embeddings (B, T, D)."""
+    words = lm.get_input_embeddings()
+    V, generator = words.weight.shape[0], torch.Generator().manual_seed(0)
     ids = torch.randint(V // 4, V // 2, (batch, length), generator=generator).to(lm.device)
-    return ids, lm.get_input_embeddings()(ids)
+    return ids, words(ids)
 
 
 @torch.inference_mode()
@@ -267,23 +246,18 @@ def self_check(lm):
         mask[1, :16] = 0  # the second sample is 9 tokens long, padded on the left
         alone, embeds_alone, mask_alone = ids[1:, 16:], embeds[1:, 16:], mask[1:, 16:]
         states = decoder_of(lm)(input_ids=alone, use_cache=False).last_hidden_state  # (1, 9, D)
-
         what = "its embeddings and states are as wide as its config says"
         widths = {lm.config.get_text_config().hidden_size, embeds.shape[-1], states.shape[-1]}
         if len(widths) > 1:  # OPT-350m projects its embeddings
             raise ValueError(f"widths {sorted(widths)}")
-
         what = "its logits follow from its last hidden states"
         check_same(lm_logits(lm, states), lm(input_ids=alone, use_cache=False).logits)
-
         what = "it reads input embeddings as it reads ids, and others than those of words"
         between = (embeds_alone + embeds_alone.flip(1)) / 2  # (1, 9, D)
         both = decoder_states(lm, torch.cat([embeds_alone, between]), mask_alone.expand(2, -1))
         check_same(both[:1], states)
-
         what = "a sample padded on the left says what it says alone"
         check_same(decoder_states(lm, embeds, mask)[1:, 16:], states)
-
         what = "decoding with a cache gives the states of one pass"
         cache = new_cache(lm)
         decoded = [decoder_states(lm, embeds[:, :22], mask[:, :22], cache)[1:, -1:]]
@@ -291,7 +265,6 @@ def self_check(lm):
         for t in range(22, 25):
             decoded.append(decoder_states(lm, embeds[1:, t:t + 1], mask[1:, :t + 1], cache))
         check_same(torch.cat(decoded, dim=1), states[:, -4:])
-
         what = "training computes what evaluation does"  # noise would change with the batch
         check_same(decoder_states(lm.train(), embeds_alone, mask_alone), states)
     except Exception as error:  # whatever a family's code raises when asked for what it does not do
@@ -305,9 +278,8 @@ def self_check(lm):
 
 @torch.inference_mode()
 def holes_allowed(lm):
-    """True if a later turn may be read into the cache of the earlier ones while samples of a batch wait
-    for each other: masked columns in the middle, which position ids skip. False where a family counts
-    columns (MPT's alibi, sliding windows), keeps a recurrent state, or reads no second turn."""
+    """True if a later turn may be read into the cache while samples wait for each other: masked columns in the
+    middle. False where a family counts columns (alibi, windows), keeps a state, or reads no second turn."""
     if any(getattr(layer, "is_sliding", False) for layer in new_cache(lm).layers):
         return False
     ids, embeds = some_embeds(lm, 1, 42)
@@ -330,46 +302,40 @@ def holes_allowed(lm):
 
 def left_pad(prompts, device="cpu"):
     """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    masks = [torch.ones_like(prompt) for prompt in ids]
-    padded = [pad_sequence(tensors, batch_first=True, padding_side="left") for tensors in (ids, masks)]
-    return padded[0].to(device), padded[1].to(device)
+    T = max(map(len, prompts))
+    ids = [[0] * (T - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def next_tokens(logits, uniforms=None):
-    """Each prompt's likeliest token, or one drawn with its number in [0, 1) by inverting the CDF, so
-    that a prompt says the same beside any neighbours. (b, V), (b,) float64 -> (b,)."""
+    """The likeliest tokens, or drawn with numbers in [0, 1) by inverting the CDF: (b, V), (b,) -> (b,)."""
     if uniforms is None:
         return logits.argmax(-1)
-    probabilities = logits.double().softmax(-1)  # (b, V)
-    cdf = probabilities.cumsum(-1)
-    heights = uniforms[:, None] * cdf[:, -1:]  # (b, 1)
-    drawn = torch.searchsorted(cdf, heights, right=True).squeeze(1)
+    cdf = logits.double().softmax(-1).cumsum(-1)  # (b, V)
+    drawn = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return drawn.clamp(max=cdf.shape[1] - 1)
 
 
 def uniform_numbers(seed, steps):
-    """A number in [0, 1) per step from a generator of its own -> (steps,) float64: its neighbours in a
-    batch change nothing."""
+    """A prompt's number in [0, 1) for each step, whatever its neighbours in a batch -> (steps,) float64."""
     return torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @torch.inference_mode()
 def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None):
-    """Write on from B prompts -> [{"ids", "kept", "ms", "cut"}], one for each.
-
-    inputs_embeds (B, T, D), attention_mask (B, T): padded on the left, so that all prompts end together.
-    limits: the most new tokens of each prompt; one that reaches its own is "cut". stops: ids that end a text
-    and are no part of it. choose(logits (b, V), active, step) -> next ids (b,); keep(hidden_states (b, D),
-    logits (b, V)) -> (b, d): what is kept, on the CPU, of the state that predicts each token.
-
-    Of B prompts b are still in the batch, `active`, which gets smaller. Prompt [a b c], text [y1 y2]:
+    """Write on from B prompts, padded on the left -> [{"ids", "kept", "ms", "cut"}], one for each.
+    inputs_embeds (B, T, D), attention_mask (B, T). limits: most new tokens of each prompt; one that reaches
+    its own is "cut". stops: ids that end a text and are no part of it. choose(logits (b, V), active, step)
+    -> next ids (b,), where `active` are the b of B prompts still at it; keep(hidden_states (b, D), logits)
+    -> (b, d): what is kept, on the CPU, of the state that predicts each token. Prompt [a b c], text [y1 y2]:
 
         read       a   b   c   y1  y2
         state              h1  h2  h3
         predicts           y1  y2  stop"""
     replies = [{"ids": [], "kept": [], "ms": 0.0, "cut": True} for _ in limits]
-    active, cache = list(range(len(limits))), new_cache(lm)
+    active = list(range(len(limits)))
+    cache = new_cache(lm)
     for step in range(max(limits)):
         start = time.perf_counter()
         hidden_states = decoder_states(lm, inputs_embeds, attention_mask, cache)[:, -1]  # (b, D)
@@ -380,12 +346,12 @@ def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None):
         elapsed = 1000 * (time.perf_counter() - start)
         going_on = []  # places in the batch whose text is not over
         for b, n in enumerate(active):
-            reply = replies[n]
+            reply, token = replies[n], written[b]
             reply["ms"] += elapsed / len(active)
-            if written[b] in stops:
+            if token in stops:
                 reply["cut"] = False
                 continue
-            reply["ids"].append(written[b])
+            reply["ids"].append(token)
             if keep:
                 reply["kept"].append(kept[b])
             if len(reply["ids"]) < limits[n]:

@@ -1,14 +1,14 @@
 """
 A game of one's own: the sender knows the code of a safe, the actor stands in front of it.
 
-Type this at the top of the repository; half a minute in all on a CPU:
+Type this at the top of the repository; about a minute in all on a CPU:
 
   python examples/safe.py                        # writes safe/train.json and two tiny language models
   python collect.py custom --env examples.safe:Safe --split train --model_name_or_path safe/sender \\
       --prompt_template '{task}' --max_new_tokens 12 --batch_size 100 --torch_dtype fp32 \\
       --output_dir safe/messages
   python train_actor.py --model_name_or_path safe/base --train_file safe/train.json \\
-      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 250 \\
+      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 300 \\
       --global_batch_size 32 --per_device_train_batch_size 32 --curriculum 0 1 \\
       --learning_rate 1e-3 --adapter_learning_rate 3e-3 --logging_steps 50
   python eval_alfworld.py --env examples.safe:Safe --split test --model_path safe/actor \\

@@ -11,7 +11,7 @@ from collect import main
 from data import PLAN_PROMPT
 from hf import DTYPES, load_lm
 from model import LatentSender, LatentShards
-from tiny import make_lm, make_tokenizer, save_model, write_tasks
+from tiny import make_lm, make_tokenizer, save_lm, save_model, write_tasks
 
 N = 10
 SAMPLE = ["--do_sample", "true", "--temperature", "1.3", "--top_p", "0.95", "--top_k", "50"]
@@ -37,9 +37,7 @@ def save_sender(directory, family="qwen2"):
     """A tiny LM that often ends its plan: the output weights of its end-of-turn token are louder than the others."""
     lm, tokenizer = make_lm(family), make_tokenizer(TEMPLATES[family])
     lm.lm_head.weight.data[tokenizer.eos_token_id] *= 3
-    lm.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
+    return save_lm(directory, lm, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -412,8 +410,7 @@ def test_another_sender_or_settings_need_another_directory(tasks, tmp_path, refu
 def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
     lm = make_lm()
     lm.model.norm.weight.data.fill_(torch.inf)
-    lm.save_pretrained(tmp_path / "m")
-    make_tokenizer().save_pretrained(tmp_path / "m")
+    save_lm(tmp_path / "m", lm, make_tokenizer())
     refuses(main, argv(tmp_path / "m", tasks, tmp_path / "o"), "cannot be used", "--self_check")
     line = argv(tmp_path / "m", tasks, tmp_path / "o", "--self_check", "false")
     refuses(main, line, "not finite", "--torch_dtype", "id t")

@@ -13,8 +13,8 @@ import eval_math
 import hf
 from common import read_json, write_json
 from eval_math import Job, chooser, is_equiv, main, read_problems, summarize
-from model import ADAPTER_FORMAT, LatentActor, LatentShards, add_markers, init_markers, make_adapter, write_shard
-from tiny import CHATML, make_lm, make_tokenizer, save_model
+from model import ADAPTER_FORMAT, LatentActor, LatentShards, add_markers, init_markers, make_adapter
+from tiny import CHATML, make_lm, make_tokenizer, save_lm, save_model, write_messages
 
 SUBJECTS = {"algebra": "Algebra", "counting_and_probability": "Counting & Probability", "geometry": "Geometry",
             "intermediate_algebra": "Intermediate Algebra", "number_theory": "Number Theory",
@@ -54,23 +54,16 @@ def world(tmp_path_factory):
     """MATH's directory, a plain LM, an actor, and messages for all problems."""
     root = tmp_path_factory.mktemp("math")
     data, (lm, tokenizer) = write_math(root / "MATH"), answering_lm()
-    save(root / "lm", lm, tokenizer)
+    save_lm(root / "lm", lm, tokenizer)
     init_markers(lm, add_markers(tokenizer))
     save_actor(root / "actor", lm, tokenizer)
     LatentActor(lm, tokenizer, None, {"kind": "text", "format_version": ADAPTER_FORMAT}).save(root / "text_actor")
     tasks = read_problems(data)
     latents = {t["id"]: torch.randn(3 + n % 4, 48) for n, t in enumerate(tasks)}
-    write_shard(root / "messages" / "latents-rank00000-00000.safetensors", latents,
-                {t["id"]: {"task": t["task"], "plan": f"add {n}", "plan_token_ids": [], "sender_ms": 2.0}
-                 for n, t in enumerate(tasks)}, {"model": "tiny", "hidden_size": 48})
+    write_messages(root / "messages", latents, {t["id"]: {
+        "task": t["task"], "plan": f"add {n}", "plan_token_ids": [], "sender_ms": 2.0} for n, t in enumerate(tasks)})
     return types.SimpleNamespace(data=data, tasks=tasks, **{k: str(root / k) for k in ("lm", "actor", "text_actor",
                                                                                         "messages")})
-
-
-def save(directory, lm, tokenizer):
-    lm.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
 
 
 SAMPLED = ["--temperature", 1.0, "--samples_per_question", 3]
@@ -245,7 +238,7 @@ def save_deaf(directory, end=True):
     lm.model.embed_tokens.weight.data[tokenizer("~").input_ids] = torch.nan
     if not end:
         lm.model.norm.weight.data.zero_()  # all logits are 0: the first token of the table, for ever
-    return save(directory, lm, tokenizer)
+    return save_lm(directory, lm, tokenizer)
 
 
 def write_problems(path, problems):
@@ -318,10 +311,9 @@ def test_a_sender_that_is_asked_now(world, tmp_path):
 
 def test_keep_ratio_and_messages_of_others(world, tmp_path):
     """Others have a row under their own name, read by the actor of --model_path."""
-    other = tmp_path / "other" / "latents-rank00000-00000.safetensors"
     records = {t["id"]: {"task": t["task"], "plan": "", "plan_token_ids": [], "sender_ms": 3.0} for t in world.tasks}
-    write_shard(other, {k: torch.randn(2, 48) for k in records}, records, {"model": "other", "hidden_size": 48})
-    main(argv(world, tmp_path / "o", "--messages", f"llama={other.parent}", "--keep_ratio", 1, 0.5,
+    other = write_messages(tmp_path / "other", {k: torch.randn(2, 48) for k in records}, records, model="other")
+    main(argv(world, tmp_path / "o", "--messages", f"llama={other}", "--keep_ratio", 1, 0.5,
               "--num_samples", 4, "--torch_dtype", "bf16", variants=["none"]))
     said, lengths = results(tmp_path / "o"), [LatentShards(world.messages).lengths[t["id"]] for t in world.tasks[:4]]
     assert [(r["variant"], r["message_length"], r["sender_ms"]) for r in said] == [
@@ -371,7 +363,7 @@ def save_parrot(directory, text):
     tokenizer.add_tokens([text, text + " "])  # the scores of both have different signs, and one of them wins
     lm.lm_head.weight.data[len(tokenizer) - 2] = 1000 * lm.lm_head.weight.data[0]
     lm.lm_head.weight.data[len(tokenizer) - 1] = -1000 * lm.lm_head.weight.data[0]
-    return save(directory, lm, tokenizer)
+    return save_lm(directory, lm, tokenizer)
 
 
 def test_thoughts_are_not_graded(world, tmp_path):
@@ -391,7 +383,7 @@ def test_answer_phrase(world, tmp_path):
 def test_chat_template_kwargs_reach_the_template(world, tmp_path):
     lm, tokenizer = answering_lm()
     tokenizer.chat_template = CHATML.replace("helpful", "{{ mood | default('helpful') }}")
-    path, said = save(tmp_path / "lm", lm, tokenizer), []
+    path, said = save_lm(tmp_path / "lm", lm, tokenizer), []
     for n, mood in enumerate(("{}", '{"mood": "helpful"}', '{"mood": "lazy"}')):
         main(plain(world, tmp_path / str(n), "--chat_template_kwargs", mood, "--model_path", path))
         said.append([r["model_output"] for r in results(tmp_path / str(n))])

@@ -366,3 +366,5 @@ def test_a_tokenizer_is_what_its_files_say(tmp_path):
     assert "rag, tool_use and no default" in refusal(load_tokenizer, path)
     change(tmp_path / "config.json", vocab_size=200)
     assert "its table of embeddings 200 rows" in refusal(load_tokenizer, path)
+    (tmp_path / "config.json").unlink()  # a tokenizer by itself
+    assert "rag, tool_use and no default" in refusal(load_tokenizer, path) and "no config" in refusal(load_lm, path)

@@ -9,7 +9,7 @@ from common import read_json
 from eval_math import extract_answer
 from examples import arithmetic, household as example, scratch
 from examples.household import LOCATIONS, MAX_STEPS, PLACES, Household, all_tasks, expert, goal, plan, search_actions
-from household_fixture import TINY, household  # noqa: F401
+from household_fixture import TINY
 from tiny import snapshot
 
 ROWS = "latent text no_comm cross_task randomrot no_comm_base keep8 k8 k8_untrained search".split()

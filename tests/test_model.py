@@ -331,7 +331,6 @@ def test_markers_grow_the_table_only_if_needed(vocab, tied):
     assert add_markers(llama2) == [len(llama2) - 2, len(llama2) - 1] == llama2.convert_tokens_to_ids([BOP, EOP])
 
 
-
 # ---- shards
 
 SENDER = {"model": "tiny", "hidden_size": 4, "seed": 0}
@@ -413,7 +412,7 @@ def test_missing_and_empty_shard_directories(tmp_path):
 
 # ---- the sender in K steps, and the decode loop
 
-def test_student_saves_bit_for_bit(tmp_path):
+def test_student_saves_bit_for_bit_and_a_damaged_bridge_is_one_line(tmp_path):
     sender = LatentSender(make_lm(tied=True)).eval()
     with torch.no_grad():
         for parameter in (sender.start, sender.norm.bias, sender.bridge.weight):
@@ -423,6 +422,11 @@ def test_student_saves_bit_for_bit(tmp_path):
     state = loaded.state_dict()
     assert state.keys() == sender.state_dict().keys() and not loaded.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in sender.state_dict().items())
+    bridge = tmp_path / "latent_bridge.safetensors"
+    for content, words in ((bridge.read_bytes()[:-3], "damaged"), (save({"start": torch.zeros(32)}), "bridge.weight")):
+        bridge.write_bytes(content)
+        with pytest.raises(UserError, match=f"latent_bridge.safetensors .*{words}"):
+            LatentSender.load(str(tmp_path))
 
 
 @torch.no_grad()

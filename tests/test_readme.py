@@ -10,7 +10,6 @@ import shlex
 import pytest
 
 from common import read_json
-from household_fixture import household  # noqa: F401
 from model import open_shards
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -73,7 +72,7 @@ def flags(module):
 
 # ---- blocks and commands
 
-def test_a_message_by_hand_is_what_the_scripts_send(household, monkeypatch, capsys):  # noqa: F811
+def test_a_message_by_hand_is_what_the_scripts_send(household, monkeypatch, capsys):
     """The first Python block prints the task, stage 1's plan of it, and the reply that stage 4 wrote."""
     monkeypatch.chdir(household)
     block, = [text for mark, language, text in BLOCKS if mark and language == "python"]

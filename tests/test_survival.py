@@ -1,5 +1,7 @@
-"""What a run loses when it is killed, preempted, out of disk, or on another number of ranks: nothing."""
+"""What a run loses when it is killed, preempted, out of disk, on other ranks or in other batches: nothing. And the
+flags that mean the same to both trainers."""
 import json
+import math
 import os
 import random
 import shutil
@@ -9,15 +11,16 @@ import subprocess
 import pytest
 import torch
 
+import compress
 import train_actor
 from common import read_json, write_json
 from forked import Forked
-from model import LatentShards, write_shard
-from tiny import (argv_of, assert_same_curve, checkpoints, make_actor, make_data, read_log, same_run,
-                  same_tensors, save_model, tensors, without_timing, write_tasks)
+from model import LatentShards
+from tiny import (argv_of, assert_same_curve, checkpoints, column, make_actor, make_data, read_log, same_run,
+                  same_tensors, save_model, snapshot, tensors, without_timing, write_messages, write_tasks)
 
 SCRIPTS = ["collect", "train_actor", "compress"]
-TRAINERS = SCRIPTS[1:]
+TRAINERS = {"train_actor": train_actor, "compress": compress}
 LONG = pytest.mark.long
 
 
@@ -43,7 +46,8 @@ def command(world, script, out, steps=8, model="model", **flags):
         "collect": {"model_name_or_path": world[model], "dataset_path": world["tasks"], "torch_dtype": "fp32",
                     "max_new_tokens": 8, "do_sample": "true", "batch_size": 1, "shard_size_mb": 1e-6,
                     "max_samples": steps},
-        "train_actor": training | {"model_name_or_path": world[model], "num_heads": 4, "adapter_dropout": 0},
+        "train_actor": training | {"model_name_or_path": world[model], "num_heads": 4, "adapter_dropout": 0,
+                                   "infonce_probe_interval": 3, "infonce_probe_size": 2},
         "compress": training | {"teacher_model_name_or_path": world["actor"], "K": 3,
                                 "student_model_name_or_path": world[model]}}
     preset = ["custom"] if script == "collect" else []
@@ -79,15 +83,16 @@ def assert_usable(script, out):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_again_and_again(world, forked, tmp_path, request, script):
     kills = request.config.getoption("--kills")
+    flags = {"adapter_dropout": 0.1, "weight_decay": 0.1} if script == "train_actor" else {}
     steps = min(400, 12 + 12 * kills) if script == "collect" else 4 + 2 * kills
     out, reference, rng, killed = tmp_path / "o", tmp_path / "reference", random.Random(script), 0
-    assert forked(script, command(world, script, reference, steps))["codes"] == [0]
+    assert forked(script, command(world, script, reference, steps, **flags))["codes"] == [0]
     for attempt in range(6 * kills):
         # by turns at the n-th touch of a file, where half-written things would be, and at a random moment
         when = {"seconds": rng.uniform(0.01, 0.4 if script == "collect" else 0.8)}
         if attempt % 2 == 0:
             when = {"event": rng.randint(1, 30) if attempt else 5}  # the first is early enough on any machine
-        code, = forked(script, command(world, script, out, steps), **when)["codes"]
+        code, = forked(script, command(world, script, out, steps, **flags), **when)["codes"]
         killed += code == -signal.SIGKILL
         assert code in (-signal.SIGKILL, 0)
         assert_usable(script, out) if os.path.isdir(out) else None
@@ -98,7 +103,7 @@ def test_killed_again_and_again(world, forked, tmp_path, request, script):
             shutil.rmtree(out)
     print(f"{script}: killed {killed} times")
     assert killed
-    assert forked(script, command(world, script, out, steps))["codes"] == [0]
+    assert forked(script, command(world, script, out, steps, **flags))["codes"] == [0]
     assert_same(script, out, reference)
 
 
@@ -171,13 +176,10 @@ def one_rank(request, world, forked, tmp_path_factory):
 @pytest.mark.parametrize("ranks, fsdp", [(2, "false"), pytest.param(4, "false", marks=LONG), (2, "true")])
 def test_ranks_and_fsdp_follow_one_ranks_curve(world, forked, one_rank, tmp_path, ranks, fsdp):
     script, reference = one_rank
-    flags = {"infonce_probe_interval": 3} if script == "train_actor" and fsdp == "true" else {}
-    argv = command(world, script, tmp_path / "o", model="tied", fsdp=fsdp, **flags)
-    done = forked(script, argv, world=ranks)
+    done = forked(script, command(world, script, tmp_path / "o", model="tied", fsdp=fsdp), world=ranks)
     assert done["codes"] == [0] * ranks, done
     assert "".join(done["out"]).count("with loss_log.csv") == 1  # one rank talks
-    if not flags:
-        assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
+    assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
     a, b = tensors(tmp_path / "o"), tensors(reference)
     assert a.keys() == b.keys()  # a tied head is stored once
     for name in b:
@@ -203,10 +205,8 @@ def test_a_failing_rank_ends_the_job_with_its_own_error(world, forked, tmp_path,
     shards = LatentShards(world["messages"])
     latents = {task_id: shards[task_id].clone() for task_id in shards.records}
     latents["t5"][0, 0] = torch.nan
-    path = tmp_path / "m" / "latents-rank00000-00000.safetensors"
-    write_shard(path, latents, shards.records, shards.sender)
-    argv = command(world, script, tmp_path / "o", hidden_data=tmp_path / "m", eval_ratio=0,
-                   per_device_train_batch_size=1)
+    messages = write_messages(tmp_path / "m", latents, shards.records)
+    argv = command(world, script, tmp_path / "o", hidden_data=messages, eval_ratio=0, per_device_train_batch_size=1)
     done = forked(script, argv, world=2, timeout=60)
     assert sorted(done["codes"]) in ([1, 2], [2, 2]), done  # 1: gloo's traceback, that the other rank is gone
     error = done["err"][done["codes"].index(2)]
@@ -224,6 +224,105 @@ def test_fsdp_holds_a_share_of_everything(world, tmp_path, forked, script):
         assert whole > 0 and local / whole == pytest.approx(0.5, rel=0.05)
 
 
-def test_fsdp_without_torchrun(world, tmp_path, refuses):
-    argv = command(world, "train_actor", tmp_path / "o", fsdp="true")
-    refuses(train_actor.main, argv, "--fsdp", "torchrun")
+# ---- both trainers: memory, schedule, what is kept, bad flags
+
+@pytest.mark.parametrize("flags", [
+    {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 3},
+    {"per_device_train_batch_size": 3, "gradient_checkpointing": "true", "self_check": "false"}], ids=str)
+def test_memory_flags_change_no_result(world, one_rank, tmp_path, flags):
+    script, reference = one_rank
+    TRAINERS[script].main(command(world, script, tmp_path / "o", model="tied", **flags))
+    assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
+    norms = [column(out, "grad_norm")[:2] for out in (tmp_path / "o", reference)]  # before rounding has grown
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_compiled_layers_change_no_result(world, one_rank, tmp_path, monkeypatch):
+    script, reference = one_rank
+    compiled, compile_layer = [], torch.nn.Module.compile
+
+    def eager(self, **kwargs):  # the graphs that --compile makes, run without the minute of code generation
+        compiled.append(type(self).__name__)
+        return compile_layer(self, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    TRAINERS[script].main(command(world, script, tmp_path / "o", steps=1, model="tied", compile="true"))
+    for name in {"loss", "task", "align", "grad_norm", "kl", "sep"} & read_log(reference)[0].keys():
+        assert column(tmp_path / "o", name) == pytest.approx(column(reference, name)[:1], rel=1e-4), name
+    assert compiled == ["Qwen2DecoderLayer"] * 2  # the actor's; in compress.py the student's cache grows
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_schedule_and_optimizer_flags(world, tmp_path, script):
+    out, own = tmp_path / "o", {"adapter_learning_rate": 0.1, "adapter_scale": 3, "adapter_output_scale": 5}
+    TRAINERS[script].main(command(
+        world, script, out, steps=None, num_train_epochs=4.5, warmup_ratio=0.5, adam_beta2=0.9, eval_ratio=0,
+        save_total_limit=1, weight_decay=0.1, **(own if script == "train_actor" else {})))
+    steps = math.ceil(4.5 * 7 / 4)
+    assert column(out, "step") == list(range(1, steps + 1))
+    warmup, rates = round(steps / 2), column(out, "lr")
+    assert rates[:warmup] == pytest.approx([1e-3 * (k + 1) / warmup for k in range(warmup)], rel=1e-4)
+    assert rates[warmup - 1] == max(rates) and 0 < rates[-1] < rates[-2]  # then a cosine down
+    # nothing is held out: the last model is kept
+    assert checkpoints(out) == [f"checkpoint-{steps}"] and same_tensors(out, out / f"checkpoint-{steps}")
+    assert not column(out, "eval_loss")
+    groups = torch.load(out / f"checkpoint-{steps}" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert all(group["betas"][1] == 0.9 for group in groups)
+    assert [group["weight_decay"] for group in groups][:2] == [0.1, 0]  # matrices, vectors
+    if script == "train_actor":
+        assert groups[2]["lr"] == pytest.approx(100 * groups[0]["lr"]) and groups[2]["weight_decay"] == 0
+        for name, start in (("scale", 3), ("output_scale", 5)):  # it starts there, and is learned
+            assert 0 < abs(tensors(out)["latent_adapter.safetensors", f"projection.{name}"].item() - start) < 1
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_early_stopping_and_the_best_model(world, tmp_path, monkeypatch, script):
+    """Two evaluations without a new best end the run; the best is saved whatever --save_steps says."""
+    losses, out = iter([3.0, 2.0, 2.5, 2.1, 1.0]), tmp_path / "o"
+    monkeypatch.setattr(TRAINERS[script], "evaluate", lambda *args: next(losses))
+    argv = command(world, script, out, eval_steps=1, save_steps=100, early_stopping_patience=2, save_total_limit=1)
+    TRAINERS[script].main(argv)
+    assert column(out, "eval_loss") == [3.0, 2.0, 2.5, 2.1] and checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
+    assert same_tensors(out, out / "checkpoint-2") and not same_tensors(out, out / "checkpoint-4")
+    state = read_json(str(out / "trainer_state.json"))
+    assert state["best_step"] == 2 and state["best_eval_loss"] == 2.0
+    os.remove(out / "trainer_state.json")  # killed in the files of the end
+    TRAINERS[script].main(argv)
+    assert read_json(str(out / "trainer_state.json")) == state and len(column(out, "step")) == 4
+
+
+def test_a_finished_run_does_nothing_and_takes_no_other_flags(world, one_rank, refuses, capsys):
+    script, out = one_rank
+    own, others = ({"latent_adapter.safetensors", "latent_adapter.json"}, {"curriculum": 0})
+    if script == "compress":
+        own, others = {"latent_bridge.safetensors", "latent_bridge.json"}, {"K": 4, "lambda_kl": 0.1}
+    names, others = set(os.listdir(out / "checkpoint-8")), others | {"learning_rate": 1e-4, "seed": 3}
+    assert names >= own | {"optimizer.pt", "trainer_state.json", "model.safetensors", "config.json", "tokenizer.json"}
+    assert names - {"optimizer.pt"} < set(os.listdir(out))
+    before, flags = snapshot(out), {"model": "tied", "save_steps": 3, "per_device_train_batch_size": 1}
+    TRAINERS[script].main(command(world, script, out, **flags))  # not of the result
+    assert "is finished (8 steps)" in capsys.readouterr().out
+    changed = command(world, script, out, model="tied", **others)
+    refuses(TRAINERS[script].main, changed, *(f"--{name}" for name in others), "--resume never")
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+@pytest.mark.parametrize("name, value, words", [
+    ("prepended_length", 3, ["--prepended_length 3", "states", "id t"]),
+    ("model_max_length", 20, ["context of 20", "--model_max_length", "id t"]),
+    ("model_max_length", 50, ["context of 50", "id t"]), ("surprise", 1, ["--surprise"]),
+    ("learning_rat", 1, ["--learning_rat"]), ("bf16", "yes", ["--bf16"]),
+    ("gradient_checkpointing", "maybe", ["--gradient_checkpointing"]), ("resume", "somewhere", ["--resume"]),
+    ("chat_template_kwargs", "[1]", ["--chat_template_kwargs", "JSON"]), ("fsdp", "true", ["--fsdp", "torchrun"]),
+    *((name, "/nowhere", ["/nowhere"]) for name in ("train_file", "eval_file", "hidden_data")),
+    ("global_batch_size", 4, ["--global_batch_size 4", "3", "ranks"]),
+    ("eval_ratio", 1, ["no training samples"]), ("task_turn", 4, ["no turn 4", "--task_turn"]),
+    *((name, 0, ["--" + name, "at least 1"]) for name in (
+        "global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
+        "logging_steps", "save_total_limit", "max_steps"))])
+def test_bad_flags(world, tmp_path, refuses, monkeypatch, script, name, value, words):
+    if "ranks" in words:
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    refuses(TRAINERS[script].main, command(world, script, tmp_path / "o", **{name: value}), *words)
+    assert not os.path.exists(tmp_path / "o" / "loss_log.csv")

@@ -102,15 +102,6 @@ def test_names_of_variants():
     check_args(flags("--sender", "s", "--hidden_data", "m", "--latent_steps", "8", "--keep_ratio", "0", "1"))
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--latent_steps", "8"], "--latent_steps needs --sender"),
-    (["--sender", "s", "--hidden_data", "m"], "--hidden_data"),
-    (["--keep_ratio", "1", "2"], "--keep_ratio takes shares")])
-def test_flags_that_contradict_each_other(argv, words):
-    with pytest.raises(UserError, match=words):
-        check_args(flags(*argv))
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Actors of every kind, messages 32 and 24 wide, tasks."""

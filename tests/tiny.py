@@ -68,11 +68,15 @@ def make_lm(family="qwen2", width=32, layers=2, vocab=280, tied=False, seed=0, c
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_model(directory, family="qwen2", template="chatml", **kwargs):
-    tokenizer = make_tokenizer(template)
-    make_lm(family, **{"vocab": max(280, len(tokenizer)), **kwargs}).save_pretrained(directory)
+def save_lm(directory, lm, tokenizer):
+    lm.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+def save_model(directory, family="qwen2", template="chatml", **kwargs):
+    tokenizer = make_tokenizer(template)
+    return save_lm(directory, make_lm(family, **{"vocab": max(280, len(tokenizer)), **kwargs}), tokenizer)
 
 
 def write_tasks(path, n=6):
@@ -91,6 +95,14 @@ def conversation(i):
     return {"id": f"t{i}", "conversations": turns}
 
 
+def write_messages(directory, latents, records, **sender):
+    """A shard of messages; its sender is `tiny` but for what is given."""
+    width = next(iter(latents.values())).shape[1]
+    write_shard(os.path.join(directory, "latents-rank00000-00000.safetensors"), latents, records,
+                {"model": "tiny", "hidden_size": width} | sender)
+    return str(directory)
+
+
 def make_data(directory, n=8, width=32, seed=0):
     """A train file and a directory of random messages for it -> (train.json, messages)."""
     os.makedirs(directory, exist_ok=True)
@@ -98,9 +110,7 @@ def make_data(directory, n=8, width=32, seed=0):
     latents = {f"t{i}": torch.randn(3 + i % 5, width, generator=generator) for i in range(n)}
     records = {k: {"task": f"task {k}", "plan": "abcdefgh"[:len(v)], "plan_token_ids": [], "sender_ms": 1.0}
                for k, v in latents.items()}
-    messages = os.path.join(directory, "messages")
-    write_shard(os.path.join(messages, "latents-rank00000-00000.safetensors"), latents, records,
-                {"model": "tiny", "hidden_size": width})
+    messages = write_messages(os.path.join(directory, "messages"), latents, records)
     train = os.path.join(directory, "train.json")
     with open(train, "w") as f:
         json.dump([conversation(i) for i in range(n)], f)
@@ -121,6 +131,20 @@ def make_actor(family="qwen2", template="chatml", width=32, sender_dim=32, kind=
                  "adapter": {"class": "model:HiddenStateProcessor", "arguments": arguments}}
         adapter = make_adapter(info["adapter"])
     return LatentActor(lm, tokenizer, adapter, info).eval()
+
+
+def logits_by_hand(lm, before, message, after, labels):
+    """Logits (S, V) at the supervised positions of a sample, and their labels (S,), by plain Hugging Face: one
+    sample, no padding. `message`: embeddings (L, D)."""
+    table, labels = lm.get_input_embeddings(), torch.tensor(labels)
+    parts = [table(torch.tensor(before, dtype=torch.long)), message, table(torch.tensor(after))]
+    logits = lm(inputs_embeds=torch.cat(parts)[None]).logits[0, -len(after) - 1:-1]
+    return logits[labels != -100], labels[labels != -100]
+
+
+def message_of(actor, latents):
+    """(L, d_s) -> (L, D): one message through the adapter, no padding."""
+    return actor.adapter(latents[None], torch.ones(1, len(latents), dtype=torch.bool))[0]
 
 
 # ---- what a run of a trainer leaves
