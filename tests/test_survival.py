@@ -10,8 +10,10 @@ import subprocess
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import compress
+import test_families
 import train_actor
 from common import read_json, write_json
 from forked import Forked
@@ -171,6 +173,20 @@ def one_rank(request, world, forked, tmp_path_factory):
     out = tmp_path_factory.mktemp("one_rank") / "o"
     assert forked(request.param, command(world, request.param, out, model="tied"))["codes"] == [0]
     return request.param, out
+
+
+def test_two_ranks_do_not_wait_for_what_gets_no_gradient(world, forked, tmp_path, monkeypatch):
+    """The vision tower of a model like Gemma-3, the bridge of a student that thinks one step: DDP failed in step 2."""
+    for name, size in (("vocab_size", 300), ("max_position_embeddings", 512)):
+        monkeypatch.setitem(test_families.SIZES, name, size)
+    save_model(tmp_path / "pictures")
+    lm = AutoModelForCausalLM.from_config(test_families.tiny_config("gemma3"))
+    lm.save_pretrained(tmp_path / "pictures")
+    flags = {"train_actor": {"model_name_or_path": tmp_path / "pictures"}, "compress": {"K": 1}}
+    for script in TRAINERS:
+        argv = command(world, script, tmp_path / script, steps=3, **flags[script])
+        done = forked(script, argv, world=2)
+        assert done["codes"] == [0, 0], done["err"][0]
 
 
 @pytest.mark.parametrize("ranks, fsdp", [(2, "false"), pytest.param(4, "false", marks=LONG), (2, "true")])
