@@ -1,7 +1,7 @@
 """
 The whole of Interlat in minutes on a CPU: a tiny household, tiny language models, all stages.
 
-  python examples/household.py          # about four minutes on 2 cores: a table and household_out/results.png
+  python examples/household.py          # about five minutes: a table and household_out/results.png
   python examples/household.py --fast   # under a minute, weaker
 
 The sender has seen the house, so its prompt says where the one object of the goal lies. The actor reads
