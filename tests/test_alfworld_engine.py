@@ -63,8 +63,11 @@ def play(workers, tasks, policy, max_steps=20):
 @pytest.mark.parametrize("tasks, num_workers", [("installed", 0), ("published", 2)], indirect=["tasks"])
 def test_walkthroughs_win_every_game_in_the_other_wording_too(tasks, workers, num_workers):
     def reply(slot, step):
-        other = games.WORDINGS[0 if num_workers else 1]  # put -> move, or move -> put
-        action = re.sub(*other, walkthrough(tasks[slot])[step])
+        action = walkthrough(tasks[slot])[step]
+        if num_workers:
+            action = re.sub(r"^put (.+) in/on (.+)", r"move \1 to \2", action)
+        else:
+            action = re.sub(r"^move (.+) to (.+)", r"put \1 in/on \2", action)
         action = re.sub(r"^use (.+)", r"toggle \1 desk 1", action)  # ETO's instruction names it so
         return f"Thought: the next step is clear.\nAction: {action}\nAction: go to the moon"
 
@@ -384,10 +387,18 @@ class Fragile:
         self.steps += 1
         if action == "raise":
             raise ValueError("the shelf fell down")
-        breaks = {"exit": lambda: sys.exit(3), "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
-                  "sleep": lambda: time.sleep(0.5), "hang": signal.pause, "unsendable": lambda: open(os.devnull)}
-        log = breaks.get(action, lambda: None)()
-        return f"{action} {self.steps}", 0.0, False, {"won": False, "pid": os.getpid(), "log": log}
+        if action == "exit":
+            sys.exit(3)
+        if action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "sleep":
+            time.sleep(0.5)
+        if action == "hang":
+            signal.pause()
+        info = {"won": False, "pid": os.getpid()}
+        if action == "unsendable":
+            info["log"] = open(os.devnull)
+        return f"{action} {self.steps}", 0.0, False, info
 
 
 def hello(slot, word="hello"):
@@ -407,6 +418,8 @@ def test_a_game_goes_to_the_process_that_had_it_first(workers):
 
 def test_a_rank_takes_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert spare_cores() == 96
     for ranks, cores in (("1", 96), ("8", 12), ("200", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert spare_cores() == cores
