@@ -551,6 +551,19 @@ def test_context_that_is_too_short(tmp_path, world, refuses):
     assert 0 < len(said(tmp_path / "o")) < 7  # those that ended in time stay
 
 
+def test_other_settings_or_weights_into_the_same_folder(world, tmp_path, refuses):
+    actor = save_talker(tmp_path / "actor", sender_dim=WIDTH)
+    flags = argv({**world, "qwen2": actor}, tmp_path / "o", "--num_episodes", 1)
+    main(flags)
+    before = said(tmp_path / "o")
+    refuses(main, [*flags, "--seed", 1, "--max_steps", 6], "--seed", "--max_steps", "--output_path")
+    save_talker(tmp_path / "actor", sender_dim=WIDTH)  # the same weights again
+    main(flags)
+    save_talker(tmp_path / "actor", sender_dim=WIDTH, seed=9)  # trained anew: another actor
+    refuses(main, flags, "--model_path", "--output_path")
+    assert said(tmp_path / "o") == before
+
+
 # ---- the real engine
 
 @pytest.fixture(scope="module")
