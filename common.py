@@ -424,7 +424,8 @@ class Run:
         if self.log_file is not None:
             self.log_file.close()
         log, picture = (os.path.join(self.output_dir, name) for name in ("loss_log.csv", "loss_curve.png"))
-        plot_curves(log, picture, curves, ylabel)
+        if os.path.exists(log):  # --max_steps 0 writes none
+            plot_curves(log, picture, curves, ylabel)
         source = os.path.join(self.output_dir, f"checkpoint-{self.state['best_step'] or self.state['step']}")
         for name in sorted(os.listdir(source)):
             if name not in ("optimizer.pt", "trainer_state.json"):

@@ -330,6 +330,23 @@ def encode_conversation(tokenizer, turns, announcement=None):
     return before, after, labels
 
 
+def words_of_states(tokenizer, plan, token_ends):
+    """For each token of the sender's plan, and so for each state, the ids of this tokenizer that share characters
+    with it, at least one. token_ends: where in the plan the sender's tokens end.
+
+        sender  take| mug| 1  ends [4, 8, 10]    this one  ta|ke| mug| |1  ->  [[ta, ke], [mug], [_, 1]]"""
+    encoding = tokenizer(plan, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    ids, token_at = encoding.input_ids, []  # of each character; a space between two tokens is the second's
+    for n, (_, end) in enumerate(encoding.offset_mapping):
+        token_at += [n] * (end - len(token_at))
+    words = []
+    for start, end in zip([0, *token_ends], token_ends):
+        start = min(start, end - 1, len(token_at) - 1)  # a token without a character goes with the one before it
+        shared = dict.fromkeys(token_at[max(0, start):max(1, end)])  # in order, each once
+        words.append([ids[n] for n in shared])
+    return words
+
+
 def plan_ids_for(tokenizer, plan, plan_token_ids):
     """Ids of the plan in this tokenizer: the sender's where both share a vocabulary, else the text's."""
     if plan_token_ids and max(plan_token_ids) < len(tokenizer):
@@ -475,8 +492,9 @@ def of_subjects(tasks, subjects):
 
 
 def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=RESPONSE_FIELDS,
-               task_turn=0, split="train", subjects=None, max_samples=None, answer_field=ANSWER_FIELDS):
-    """A dataset -> [{"id", "task", "reply", "answer", "type"?, "level"?}]. Raises UserError.
+               task_turn=0, split="train", subjects=None, max_samples=None, answer_field=ANSWER_FIELDS,
+               plan_field=""):
+    """A dataset -> [{"id", "task", "reply", "answer", "plan"?, "type"?, "level"?}]. Raises UserError.
 
     Fields are names, tuples of names to try, or "" for none: reply and answer are then None, the task is human
     turn `task_turn` of the conversations. A reply that is an answer alone becomes a box."""
@@ -486,6 +504,7 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
         task_field = find_field(records, task_field, "see --task_field")
         response_field = find_field(records, response_field, "see --response_field")
         answer_field = find_field(records, answer_field, "see --answer_field")
+        find_field(records, plan_field, "see --plan_field")
         texts = hashed = task_texts(records, task_turn, task_field)
         if not id_field and all(record.keys() & {"conversations", "messages"} for record in records):
             hashed = task_texts(records, task_turn)  # as the trainers do, who know no --task_field
@@ -496,6 +515,8 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
             if reply and response_field == answer_field and "\\boxed" not in reply:
                 reply = f"\\boxed{{{reply}}}"
             task = {"id": task_id, "task": text, "reply": reply, "answer": answer}
+            if plan_field:
+                task["plan"] = record[plan_field]
             labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
             tasks.append(task | {name: label for name, label in labels.items() if label is not None})
         return (of_subjects(tasks, subjects) if subjects else tasks)[:max_samples]
@@ -510,7 +531,7 @@ class Conversations:
 
     def __init__(self, path, tokenizer, shards=None, kind="latent", announcement=PLAN_ANNOUNCEMENT,
                  task_turn=0, max_length=2**31, max_message=2048):
-        self.path, self.shards = path, shards
+        self.path, self.tokenizer, self.shards = path, tokenizer, shards
         self.sender_dim = shards.hidden_size if shards else None
         records = read_records(path)
         with naming(path):
@@ -524,7 +545,7 @@ class Conversations:
         self.encoded = []  # (before, after, labels)
         self.plans = []  # ids
         self.tasks = []  # what tells tasks apart
-        self.message_lengths, self.lengths, self.n_labels = [], [], []
+        self.lengths, self.n_labels = [], []
         said = shards.records if shards else {}  # {id: {"task", "plan", "plan_token_ids", ...}}
         rank, _, _ = this_rank()
         for n, record in enumerate(progress(records, rank, desc=f"read {path}", unit="sample", leave=False)):
@@ -549,7 +570,6 @@ class Conversations:
             self.plans.append(plan_ids)
             # what the sender was asked, where that is known: all actors may be asked the same
             self.tasks.append(stored.get("task") or texts[n])
-            self.message_lengths.append(message_length)
             self.lengths.append(length)
             self.n_labels.append(len(labels) - labels.count(-100))
 
@@ -559,6 +579,14 @@ class Conversations:
     def latents(self, n):
         """The raw message of record n, (L, d_s)."""
         return self.shards[self.ids[n]]
+
+    def words(self, n):
+        """The ids that each state of record n's message stands for, [[id, ...], ...]. Raises UserError."""
+        record = self.shards.records[self.ids[n]]
+        if not record.get("token_ends") or self.shards.sender.get("c"):
+            raise UserError(f"{self.shards.directory}: id {self.ids[n]}: no word for each state (messages of latent "
+                            f"steps, of --c, or collected before words were kept): collect whole plans")
+        return words_of_states(self.tokenizer, record["plan"], record["token_ends"])
 
     def sample(self, n, kind, ratio=0.0, source=None):
         """Record n with the message of record `source` (default n), a share `ratio` of it words of the plan."""

@@ -88,6 +88,18 @@ class HiddenStateProcessor(nn.Module):
         return self.projection(self.norm_out(n + a))
 
 
+class LinearMap(nn.Module):
+    """An adapter that is not trained (train_actor.py --adapter none or procrustes): H W, W (d_s, d_a) at
+    first the identity."""
+
+    def __init__(self, sender_dim, dim, **unused):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(sender_dim, dim), requires_grad=False)
+
+    def forward(self, hidden_states, mask):
+        return hidden_states @ self.weight
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. Insertion: ids and latents of some samples -> one batch
 
@@ -362,6 +374,38 @@ def init_markers(lm, new_ids):
         table[new_ids] = table[:min(new_ids)].mean(0)
 
 
+# ---- What an adapter can learn from messages alone, without the LM (ours, not the paper's)
+
+def word_targets(table, words):
+    """What states should become: the mean embedding of the words that each stands for. table: embeddings
+    (V, D); words: for N states their ids, [[7], [8, 9], ...] -> (N, D)."""
+    ids = torch.tensor(list(itertools.chain(*words)))  # 7 8 9
+    starts = torch.tensor([0, *itertools.accumulate(map(len, words))])[:-1]  # 0 1
+    return F.embedding_bag(ids.to(table.device), table, starts.to(table.device), mode="mean")
+
+
+def warmup_loss(vectors, targets):
+    """Squared error of an adapter's vectors (N, D) against `word_targets`, over the words' mean square."""
+    return F.mse_loss(vectors, targets) / targets.square().mean()
+
+
+def nearness(vectors, words, table):
+    """How near vectors (N, D) are to their words -> (share whose nearest word is right, mean cosine)."""
+    nearest = (F.normalize(vectors) @ F.normalize(table).T).argmax(-1)  # (N,)
+    right = [token in ids for token, ids in zip(nearest.tolist(), words)]
+    cosine = F.cosine_similarity(vectors, word_targets(table, words))
+    return sum(right) / len(right), cosine.mean().item()
+
+
+def procrustes(states, targets):
+    """The rotation and scale that bring states (N, d_s) nearest to their words (N, d_a) -> (d_s, d_a)."""
+    U, _, Vh = torch.linalg.svd(states.T @ targets, full_matrices=False)
+    rotation = U @ Vh
+    rotated = states @ rotation
+    scale = (rotated * targets).sum() / rotated.square().sum()
+    return scale * rotation
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Latent sender (paper, section on compression)
 
@@ -478,12 +522,14 @@ def compression_terms(actor, batch, data_batch, silent_batch, temperature):
 # ------------------------------------------------------------------------------------------------
 # 6. Messages on disk
 
-def make_record(task, plan="", plan_token_ids=(), ms=0.0):
-    """What a shard keeps of a message beside its states."""
+def make_record(task, plan="", plan_token_ids=(), ms=0.0, token_ends=()):
+    """What a shard keeps of a message beside its states. token_ends: where in the plan's text each of its
+    tokens ends."""
     record = {
         "task": task["task"],
         "plan": plan,
         "plan_token_ids": list(plan_token_ids),
+        "token_ends": list(token_ends),
         "sender_ms": round(ms, 3),
     }
     return record | {label: task[label] for label in ("type", "level") if label in task}

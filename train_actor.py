@@ -25,8 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common import (STOP_EXIT, Parser, Run, UserError, all_reduce_sum, catch_stop, check_output, fingerprint,
                     json_object, lock, memory_gb, one_line_errors, positive, progress, seed_for, this_rank)
 from data import PLAN_ANNOUNCEMENT, another_task, global_batch, show_sample, train_and_eval
-from hf import context_length, decoder_layers, embedding_rms, load_config, load_lm, load_tokenizer
-from model import ADAPTER_FORMAT, LatentActor, add_markers, collate, init_markers, make_adapter, open_shards
+from hf import (context_length, decoder_layers, embedding_rms, load_config, load_lm, load_tokenizer,
+                word_embeddings)
+from model import (ADAPTER_FORMAT, LatentActor, add_markers, collate, init_markers, make_adapter, nearness,
+                   open_shards, procrustes, warmup_loss, word_targets)
 
 NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
 INPUTS = ["train_file", "eval_file", "hidden_data"]  # a run is not continued with other contents of these
@@ -34,6 +36,7 @@ INPUTS = ["train_file", "eval_file", "hidden_data"]  # a run is not continued wi
 NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
                 "per_device_eval_batch_size", "logging_steps", "save_total_limit", "gradient_checkpointing",
                 "compile", "trust_remote_code", "self_check"]
+CLOSED_FORM = ("none", "procrustes")  # adapters that are not trained
 
 
 def get_args(argv):
@@ -44,7 +47,8 @@ def get_args(argv):
     flag("--message", "latent", "what stands between <bop> and <eop>; text and none are the baselines CoT (full) "
          "and No-CoT", choices=["latent", "text", "none"])
     flag("--plan_announcement", PLAN_ANNOUNCEMENT, "stands before <bop>; kept with the actor")
-    flag("--adapter", "model:HiddenStateProcessor", "module:Class; kept with the actor")
+    flag("--adapter", "model:HiddenStateProcessor", "module:Class, kept with the actor; or, not trained, none: states "
+         "as they are, procrustes: rotated and scaled towards the actor's words")
     flag("--num_heads", 8, "attention heads of the adapter")
     flag("--adapter_dropout", 0.1, "dropout in the adapter's attention")
     flag("--adapter_scale", 0.2, "start of the learned input scale s")
@@ -68,12 +72,14 @@ def get_args(argv):
     flag("--adaptive_weights", True, "a weight moves between a tenth of its ceiling and it, with its loss")
     flag("--curriculum", [r / 10 for r in range(11)], "the ratios that are drawn: the share of a message that is "
          "shown as words (paper: 0 0.1 ... 1; 0: pure latent messages)", type=float, nargs="+", metavar="R")
+    flag("--adapter_warmup_steps", 0, "first the adapter alone learns to give the plan's words, N steps of 64 messages")
+    flag("--adapter_warmup_learning_rate", 1e-3, "of these steps")
     flag("--infonce_probe_interval", 0, "every N steps, score K messages on K samples")
     flag("--infonce_probe_size", 8, "K")
     parser.group("optimization")
     flag("--num_train_epochs", 3.0, "passes over the data")
     flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the schedule "
-         "is then that of the new length", type=positive)
+         "is then that of the new length; 0: only the adapter is fitted", type=int)
     flag("--learning_rate", 1e-5, "peak, then cosine to 0")
     flag("--adapter_learning_rate", None, "peak for the adapter; default: --learning_rate", type=float)
     flag("--warmup_ratio", 0.03, "share of the steps that warm up linearly")
@@ -106,6 +112,8 @@ def check_args(args, world):
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node N")
     if not all(0 <= ratio <= 1 for ratio in args.curriculum):
         raise UserError(f"--curriculum takes ratios between 0 and 1, found {args.curriculum}")
+    if args.adapter_warmup_steps and (args.message != "latent" or args.adapter in CLOSED_FORM):
+        raise UserError("--adapter_warmup_steps needs --message latent and an adapter that can learn")
 
 
 def check_finite(step, loss, grad_norm, ids):
@@ -230,8 +238,13 @@ def main(argv=None):
     if latent and args.random_contrast_weight and len({data.tasks[n] for n in train_indices}) < 2:
         raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: "
                         f"add samples or set --random_contrast_weight 0")
+    if latent and args.adapter == "none" and data.sender_dim != config.hidden_size:
+        raise UserError(f"--adapter none: the messages are {data.sender_dim} wide, the actor {config.hidden_size}")
+    fits_words = latent and (args.adapter_warmup_steps > 0 or args.adapter == "procrustes")
+    if fits_words:
+        data.words(train_indices[0])  # raises UserError where states have no words
     steps_per_epoch = len(train_indices) / args.global_batch_size
-    max_steps = args.max_steps or math.ceil(args.num_train_epochs * steps_per_epoch)
+    max_steps = math.ceil(args.num_train_epochs * steps_per_epoch) if args.max_steps is None else args.max_steps
     if run.is_over(max_steps, args.early_stopping_patience):
         return
     if rank == 0:
@@ -263,12 +276,51 @@ def main(argv=None):
                          "dropout": args.adapter_dropout,
                          "scale": args.adapter_scale,
                          "output_scale": args.adapter_output_scale or rms / args.adapter_scale}
-            info["adapter"] = {"class": args.adapter, "arguments": arguments}
+            kind = "model:LinearMap" if args.adapter in CLOSED_FORM else args.adapter
+            info["adapter"] = {"class": kind, "arguments": arguments}
             adapter = make_adapter(info["adapter"])
             if rank == 0:
                 print(f"adapter {data.sender_dim} -> {config.hidden_size}: s = {args.adapter_scale}, "
                       f"g = {arguments['output_scale']:.3f} (the actor's word embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info)
+
+    # --------------------------------------------------------------------------------------------
+    # the adapter alone, on messages without the LM (ours, not the paper's). Every rank does all of it, so it is
+    # the same on any number of them; a kill before the first checkpoint starts it again
+    if fits_words and not run.checkpoint:
+        adapter.eval().to(device)
+        table = word_embeddings(lm, most=2**31).to(device)  # (V, D)
+
+        def states_and_words(chosen, data=data):
+            """All states of some messages, as a batch for the adapter, and the ids that each stands for."""
+            batch = collate([data.sample(n, "latent") for n in chosen], device)
+            words = [ids for n in chosen for ids in data.words(n)]
+            return batch["latents"], batch["latents_mask"], words
+
+        def how_near():
+            with torch.no_grad():
+                states, mask, words = tried
+                right, cosine = nearness(adapter(states, mask)[mask], words, table)
+            return f"nearest word right {right:.3f}, cosine {cosine:.3f}"
+
+        if args.adapter == "procrustes":
+            states, mask, words = states_and_words(train_indices[:512])
+            adapter.weight.copy_(procrustes(states[mask], word_targets(table, words)))
+        tried = states_and_words(eval_indices[:16] or train_indices[:16], eval_data if eval_indices else data)
+        before = how_near()
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.adapter_warmup_learning_rate)
+        for step in progress(range(args.adapter_warmup_steps), rank, desc="warm up", unit="step"):
+            drawn = global_batch(step, train_indices, 64, f"warm-up {args.seed}")
+            states, mask, words = states_and_words([n for _, n in drawn])
+            warmup_loss(adapter(states, mask)[mask], word_targets(table, words)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if rank == 0:
+            print(f"adapter alone: {before}; after {args.adapter_warmup_steps} steps {how_near()} "
+                  f"(on {'held-out' if eval_indices else 'training'} messages)")
+        adapter.cpu()
+        del table
+
     if args.gradient_checkpointing:
         actor.lm.activation_checkpointing_enable()
     if args.compile:  # layer by layer: equal layers are compiled once, and FSDP2 can gather between them
@@ -303,7 +355,8 @@ def main(argv=None):
               {"params": vectors, "peak": args.learning_rate, "weight_decay": 0.0}]
     if latent:
         adapter_lr = args.adapter_learning_rate or args.learning_rate
-        groups.append({"params": list(actor.adapter.parameters()), "peak": adapter_lr, "weight_decay": 0.0})
+        parameters = [p for p in actor.adapter.parameters() if p.requires_grad]
+        groups.append({"params": parameters, "peak": adapter_lr, "weight_decay": 0.0})
     # fused: one kernel, without temporaries as large as the parameters
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=cuda or None)
     if run.checkpoint:
@@ -328,6 +381,12 @@ def main(argv=None):
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = progress(total=max_steps, initial=state["step"], desc="train", unit="step", rank=rank)
     stop_signals = catch_stop()
+    if max_steps == 0:  # the LM stays as it is
+        if eval_indices:
+            run.note_eval(evaluate(learner, eval_loss, eval_data, eval_indices,
+                                   args.per_device_eval_batch_size, device, rank, world), 0)
+            bar.write(f"eval_loss {state['best_eval_loss']:.4g}")
+        run.save(learner, write_model, optimizer, args.save_total_limit)
     for step in range(state["step"], max_steps):
         if state["stopped"]:  # killed between its last checkpoint and the files of the end
             break
@@ -418,7 +477,7 @@ def main(argv=None):
     # --------------------------------------------------------------------------------------------
     # files: the output directory itself becomes the best model, or the last where nothing was held out
     if rank == 0:
-        best = run.publish(["loss", *state["last_terms"], "eval_loss"], "nats per supervised token")
+        best = run.publish(["loss", *state.get("last_terms", []), "eval_loss"], "nats per supervised token")
         print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")
         if data.instruction and latent:  # conversations of ETO's kind are ALFWorld's
             print(f"next: python eval_alfworld.py --model_path {args.output_dir} --sender {shards.sender['model']} "
