@@ -72,12 +72,15 @@ def unpack_demonstrations(out):
 
 
 def write_planning(out):
-    """What the sender learns from: it reads the place and the task, and writes the plan."""
+    """What the sender learns from: it reads the place and the task, and writes the plan. A quarter of its
+    prompts do not say the place, so that it can also be asked what the actor is told: its plan is a guess then."""
     records = []
-    for record in read_json(f"{out}/train_direct.jsonl"):
-        prompt = {"from": "human", "value": record["sender_task"]}
+    for n, record in enumerate(read_json(f"{out}/train_direct.jsonl")):
         reply = {"from": "gpt", "value": record["plan"]}
-        records.append({"id": record["id"], "conversations": [prompt, reply]})
+        _, told = record["sender_task"].split("\n\n", 1)
+        for name, text in [("", record["sender_task"]), ("-guess", told)][:1 + (n % 3 == 0)]:
+            turns = [{"from": "human", "value": text}, reply]
+            records.append({"id": record["id"] + name, "conversations": turns})
     write_json(f"{out}/planning.json", records)
 
 
@@ -162,7 +165,7 @@ def train_lm(path, lm, tokenizer, groups, seed, steps):
                 torch.save((step + 1, [part.state_dict() for part in parts]), temporary)
 
     with atomic_path(path) as temporary:
-        lm.save_pretrained(temporary)
+        lm.bfloat16().save_pretrained(temporary)  # half the bytes, before any message is collected
         tokenizer.save_pretrained(temporary)
     remove(checkpoint)
 
