@@ -7,14 +7,15 @@ Stage 4a: the actor plays household games under every communication variant, man
   torchrun --nproc_per_node 8 eval_alfworld.py --model_path actor --sender SENDER --env my_game:MyGame \\
       --split test --runs 3 --temperature 0.7 --output_path results_3_runs
 
-games.py says what a game is. Run it again after a kill: it plays what is missing and what crashed.
+`self` is what the actor could have told itself: the message of the same --sender, asked only what the game tells
+the actor. games.py says what a game is. Run it again after a kill: it plays what is missing and what crashed.
 
 Output: episodes/VARIANT/runR/ID.json (all turns), results.csv (a line per episode), summary.json (what the
-table says, and success by type of task), results.png.
+table says, differences between variants, success by type of task), results.png.
 
     1. decoding   many conversations, one growing cache
     2. playing    reply, act, observe, in all games at once
-    3. results    the game is the unit of every interval and test
+    3. results    the game is the unit of every interval
 """
 import contextlib
 import csv
@@ -25,20 +26,19 @@ import statistics
 import time
 from urllib.parse import quote
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from common import (Parser, UserError, atomic_path, lock, memory_gb, one_line_errors, positive, progress,
-                    read_json, seed_for, this_rank, wilson_interval, write_json)
+                    read_json, seed_for, this_rank, write_json)
 from data import encode_prompt, final_reply, stop_ids
 from games import AlfworldGame, Crash, GameWorkers, open_split, sender_tasks, spare_cores
 from hf import (context_length, decoder_states, holes_allowed, lm_logits, new_cache, next_tokens,
                 uniform_numbers)
 from model import LatentActor, build_sample, collate, open_shards
-from variants import (PERTURBATIONS, SENDER_FLAGS, Job, actors_of_variants, add_flags, check_args,
-                      check_settings, collect_messages, mean_of, message_sample, named_messages, split_by,
-                      table_rows, write_results)
+from variants import (PERTURBATIONS, SENDER_FLAGS, Job, actors_of_variants, add_flags, bootstrap_interval, check_args,
+                      check_settings, collect_messages, mean_by_id, mean_of, message_sample, named_messages,
+                      split_by, table_rows, write_results)
 
 
 def get_args(argv):
@@ -143,7 +143,7 @@ def new_record(job, task, split, seed):
         "variant": job.label, "run": job.run, "seed": seed + job.run, "split": split,
         "id": task["id"], "type": task.get("type", ""), "task": task["task"],
         "success": False, "crash": None, "steps": 0, "invalid": 0,
-        "tokens": 0, "message_length": 0,
+        "tokens": 0, "message_of": None, "message_length": 0,
         "sender_ms": 0.0, "actor_ms": 0.0, "env_ms": 0.0, "wall_ms": 0.0,
         "first_turn": "",
         "turns": [],  # {"reply", "action", "observation"}
@@ -274,7 +274,6 @@ TABLE = {  # heading: figure and format
     "success": "success .3f",
     "95% from": "low .3f", "to": "high .3f",
     "± runs": "std .3f",
-    "p": "p_against_latent .1e",
     "steps won": "steps_success .1f",
     "steps": "steps .1f",
     "crashed": "crashed d",
@@ -286,61 +285,22 @@ TABLE = {  # heading: figure and format
 }
 
 
-def bootstrap_interval(values, draws=10000):
-    """95 % interval of the mean of one value per game -> (low, high); games are drawn with replacement."""
-    values = np.array(values, dtype=float)
-    if values.min() == values.max():  # no spread to draw from
-        return wilson_interval(values.sum(), len(values))
-    generator = np.random.default_rng(0)
-    means = [generator.choice(values, len(values)).mean() for _ in range(draws)]
-    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
-
-
-def paired_test(wins, others):
-    """Exact two-sided p of "equally good", {id: wins} of two variants over the same games and runs.
-
-    If they were, each game's difference could as well have the other sign. All signs are counted, one game
-    after another: chances[i] is that of a sum of i - (sum of |differences| so far). One run: McNemar's."""
-    differences = [wins[game] - others[game] for game in wins]
-    chances = np.ones(1)
-    for size in map(abs, differences):
-        flip = np.zeros(2 * size + 1)
-        flip[0] += 0.5
-        flip[-1] += 0.5
-        chances = np.convolve(chances, flip)
-    sums = np.arange(len(chances)) - len(chances) // 2
-    return min(1.0, float(chances[abs(sums) >= abs(sum(differences))].sum()))
-
-
-def wins_by_game(records):
-    """{id: number of runs that won}."""
-    return {game: sum(record["success"] for record in part) for game, part in split_by(records, "id").items()}
-
-
-def figures(records, latent):
-    """What the table says of a row. latent: {id: wins} of the row that it is compared with, or {}."""
-    wins, runs = wins_by_game(records), split_by(records, "run").values()
+def figures(records):
+    """What the table says of a row."""
+    by_game, runs = mean_by_id(records, "success"), split_by(records, "run").values()
     success_of_runs = [mean_of(run, "success") for run in runs]
     means = {key: mean_of(records, key) for key in MEANS}
     return means | {
-        "games": len(wins),
-        "interval": bootstrap_interval([count / len(runs) for count in wins.values()]),
+        "games": len(by_game),
+        "interval": bootstrap_interval(list(by_game.values())),
         "runs": success_of_runs,
         "std": statistics.stdev(success_of_runs) if len(runs) > 1 else None,
-        "p_against_latent": paired_test(wins, latent) if latent else None,
         "steps_success": mean_of([record for record in records if record["success"]], "steps"),
         "crashed": sum(record["crash"] is not None for record in records),
         "tokens_per_s": 1000 * means["tokens"] / max(means["actor_ms"], 1e-9),
         "peak_memory_gb": max(record["peak_memory_gb"] for record in records),
         "by_type": {name: mean_of(part, "success") for name, part in split_by(records, "type").items()},
     }
-
-
-def summarize(records):
-    """Episode records -> {label: figures}; every number in the table and the picture comes from here."""
-    parts = split_by(records, "variant")
-    latent = wins_by_game(parts.get("latent", []))
-    return {label: figures(part, {} if label == "latent" else latent) for label, part in parts.items()}
 
 
 def episode_path(output_path, label, run, task_id):
@@ -374,10 +334,21 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.sender:
-        asked_path = os.path.join(args.output_path, f"asked-rank{rank:05d}.json")
-        asked = sender_tasks(game, tasks[rank::world], path=asked_path, rank=rank)
+        name = f"asked-rank{rank:05d}.json"
+        asked = sender_tasks(game, tasks[rank::world], (), os.path.join(args.output_path, name), rank)
         options = {name: getattr(args, name) for name in SENDER_FLAGS}
         messages |= collect_messages(asked, args.model_path, args.output_path, **options)
+    if "self" in args.variants:  # the same sender, asked what the actor is told
+        directory = os.path.join(args.output_path, "self")
+        told = sender_tasks(game, tasks[rank::world], (), os.path.join(directory, name), rank, method="reset")
+        same = torch.tensor(int(told == asked))
+        if world > 1:  # a part of the games may be the same
+            dist.all_reduce(same, dist.ReduceOp.MIN)
+        if not same:
+            by_suffix = collect_messages(told, args.model_path, directory, **options)
+            others |= {"self" + suffix: shards for suffix, shards in by_suffix.items()}
+        elif rank == 0:
+            print("self is left out: the sender is asked nothing that the actor is not told")
     rows = table_rows(args.variants, actors, tasks, messages, others, args.keep_ratio)
     if rank == 0:
         lock(args.output_path)
@@ -432,16 +403,16 @@ def main(argv=None):
 
     # ---- the files and the table, from the episodes on disk
     records = [read_json(path) for path in paths.values()]
-    summary = summarize(records)
+    summary = {label: figures(part) for label, part in split_by(records, "variant").items()}
     columns = [name for name in records[0] if name not in ("task", "first_turn", "turns")]
     with atomic_path(os.path.join(args.output_path, "results.csv")) as temporary:
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(records)
-    write_results(args.output_path, settings, rows, summary, TABLE, "success",
+    write_results(args.output_path, settings, rows, summary, records, "success", TABLE, "success",
                   "success (95 % interval: bootstrap over games)", args.split)
-    print("interval: bootstrap over games; p: paired sign test over games, against latent")
+    print("interval: bootstrap over games, whose runs are averaged; of differences: paired, over the same games")
     crashes = [record["crash"] for record in records if record["crash"] is not None]
     if len(crashes) == len(records):
         raise UserError(f"--env {args.env}: all {len(records)} episodes crashed, the first: {crashes[0]}")

@@ -12,7 +12,8 @@ Run it again after a kill, or with a smaller --batch_size where memory ran out: 
 An answer depends on its problem, the variant and the seed, not on the batch size, the ranks or a restart.
 
 Output: detailed_results.jsonl (a line per answer; `sample`: which of the answers drawn for its problem),
-summary.json (what the table says, by level and by subject), results.png.
+summary.json (what the table says, by level and by subject; differences between variants), results.png. The variant
+`self`, of a sender that is asked only what the actor is told, is left out: here both read the same problem.
 
     1. answers   problems -> answers
     2. results   figures and the table
@@ -38,7 +39,7 @@ from data import (ANSWER_FIELDS, ID_FIELDS, MATH_PROMPT, MATH_QUESTION, RESPONSE
 from hf import context_length, decode, next_tokens, uniform_numbers
 from model import LatentActor, collate, open_shards
 from variants import (SENDER_FLAGS, Job, actors_of_variants, add_flags, check_args, check_settings,
-                      collect_messages, mean_of, message_sample, named_messages, split_by, table_rows,
+                      collect_messages, mean_by_id, mean_of, message_sample, named_messages, split_by, table_rows,
                       write_results)
 
 
@@ -198,7 +199,7 @@ def figures(answers, votes):
     """Accuracy, pass@n, majority vote, ... of some answers. votes: {id: what `majority` says of it}."""
     questions = split_by(answers, "id")
     n = len(questions)
-    accuracy = sum(mean_of(group, "correct") for group in questions.values()) / n
+    accuracy = sum(mean_by_id(answers, "correct").values()) / n
     votes = [votes[question] for question in questions]
     return {
         "questions": n, "samples": len(answers), "accuracy": accuracy,
@@ -350,6 +351,8 @@ def main(argv=None):
     settings = check_settings("output_dir", vars(args), but=["samples_per_question"])
 
     # ---- messages of a sender that is asked now
+    if "self" in args.variants and rank == 0:
+        print("self is left out: the sender reads the problem, as the actor does")
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.sender:
@@ -407,9 +410,9 @@ def main(argv=None):
     answers = [done[label, task["id"], run] for label in rows for task in tasks for run in runs]
     write_text(os.path.join(args.output_dir, "detailed_results.jsonl"), json_lines(answers))
     summary = summarize(answers, grader)
-    write_results(args.output_dir, settings, rows, summary, TABLE, "accuracy",
+    write_results(args.output_dir, settings, rows, summary, answers, "correct", TABLE, "accuracy",
                   "accuracy (95 % Wilson interval)", f"{len(tasks)} problems")
-    print("interval: Wilson, over questions; cut: answers that reached --max_length")
+    print("interval: Wilson, over questions; of differences: paired bootstrap; cut: answers that reached --max_length")
     for key in ("by_level", "by_subject"):
         print(f"\n{key:24s}{'n':>6s}" + "".join(f"  {label:>10s}" for label in summary))
         for value, first in next(iter(summary.values()))[key].items():

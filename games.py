@@ -325,17 +325,17 @@ def in_workers(game, method, tasks, desc, rank=0):
             bar.update(len(some))
 
 
-def sender_tasks(game, tasks, known=(), path=None, rank=0):
-    """What the sender of each task is asked -> [{"id", "task", "type"?}].
+def sender_tasks(game, tasks, known=(), path=None, rank=0, method="sender_text"):
+    """What the sender of each task is asked -> [{"id", "task", "type"?}]; with method "reset" what the actor is told.
 
-    That is task["task"] where a game has no `sender_text`, or crashes, which the evaluation will report. known:
+    That is task["task"] where a game has no such method, or crashes, which the evaluation will report. known:
     {id: {"task"}} of messages that exist, whose games are not started; path: a .json that outlives a kill."""
     texts = {task["id"]: task["task"] for task in tasks}
-    if hasattr(game, "sender_text"):
+    if hasattr(game, method):
         name = f"{game.__module__}:{game.__qualname__}"  # another game has other texts for the same ids
         kept = read_json(path).get(name, {}) if path and os.path.exists(path) else {}
         pending = [task for task in tasks if task["id"] not in known and task["id"] not in kept]
-        for answers in in_workers(game, "sender_text", pending, "sender's tasks", rank):
+        for answers in in_workers(game, method, pending, "sender's tasks", rank):
             kept |= {task["id"]: answer for task, answer in answers if not isinstance(answer, Crash)}
             if path:
                 write_json(path, {name: kept})

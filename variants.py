@@ -4,7 +4,7 @@ What an actor is told in an evaluation: the paper's variants, and all that can b
     1. perturbations   a message whose structure is destroyed while chosen statistics stay
     2. rows            the flags, the actors and the rows of the table
     3. messages        those of a sender that runs now, and the sample that an actor reads
-    4. results         the table on screen, the picture, summary.json
+    4. results         differences between rows, the table on screen, the picture, summary.json
 """
 import json
 import math
@@ -12,13 +12,14 @@ import os
 import statistics
 from collections import namedtuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from collect import collect, read_bridge
 from common import (UserError, changed_settings, check_output, fingerprint, json_object, plot_bars, positive,
-                    read_json, seed_for, write_json)
-from data import PLAN_ANNOUNCEMENT, another_task, encode_prompt, plan_ids_for
+                    read_json, seed_for, wilson_interval, write_json)
+from data import PLAN_ANNOUNCEMENT, encode_prompt, plan_ids_for
 from hf import DTYPES, load_config
 from model import BOP, build_sample, open_shards, read_info
 
@@ -26,7 +27,17 @@ PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise
 LATENT_VARIANTS = ("latent", "cross_task", *PERTURBATIONS)  # the actor reads states
 TEXT_VARIANTS = ("text", "cot_full")  # it reads the plan as text
 SILENT_VARIANTS = ("no_comm", "no_cot")  # it is told nothing
-VARIANTS = (*LATENT_VARIANTS, *TEXT_VARIANTS, *SILENT_VARIANTS)
+VARIANTS = (*LATENT_VARIANTS, *TEXT_VARIANTS, *SILENT_VARIANTS, "self")  # self: asked what the actor is told
+DIFFERENCES = {  # name: a row, and the row that is subtracted
+    "gain": ("latent", "no_comm"),
+    "pairing": ("latent", "cross_task"),
+    "presence": ("cross_task", "no_comm"),
+    "own_thoughts": ("latent", "self"),
+}
+MEANINGS = ("gain (latent - no_comm): what a message is worth; "
+            "pairing (latent - cross_task): what it is worth that it is about this task",
+            "presence (cross_task - no_comm): what a message about something else is worth; "
+            "own_thoughts (latent - self): what it is worth that the sender is told more than the actor")
 # flags on which no answer depends: they choose rows, or move memory and time
 NOT_SETTINGS = ("variants", "latent_steps", "keep_ratio", "batch_size", "sender_batch_size", "trust_remote_code",
                 "self_check")
@@ -112,6 +123,8 @@ def check_args(args):
     """Raises UserError for flags of `add_flags` that contradict each other."""
     if args.latent_steps and not args.sender:
         raise UserError("--latent_steps needs --sender: the student that thinks these steps")
+    if "self" in args.variants and not args.sender:
+        raise UserError("--variants self needs --sender: of --hidden_data nobody can be asked again")
     if args.sender and args.hidden_data and not args.latent_steps:
         raise UserError("--sender without --latent_steps would replace the messages of --hidden_data: "
                         "give one of them")
@@ -152,7 +165,7 @@ def actors_of_variants(variants, model_path, baseline_paths=(), trust_remote_cod
 def table_rows(variants, actors, tasks, messages, others=None, keep_ratio=(1.0,)):
     """The rows of the table, in order: {label: {"variant", "actor", "shards", "keep"}}.
 
-    messages: {suffix of the label: LatentShards}, full ones first; others: {label: LatentShards}.
+    messages: {suffix of the label: LatentShards}, full ones first; others: {label: LatentShards}, also of self.
         {"": full, "_k8": eight steps}   -> latent, latent_k8, randomrot, randomrot_k8, text, no_comm
         {"": full}, keep_ratio [1, 0.5]  -> latent, latent_keep0.5, randomrot, randomrot_keep0.5, text
     Raises UserError as `check_messages` does."""
@@ -161,12 +174,14 @@ def table_rows(variants, actors, tasks, messages, others=None, keep_ratio=(1.0,)
     whole = [("", next(iter(messages.values())), 1.0)]  # a text is the full plan's, whatever K or share
     rows = {}
     for variant in variants:
-        sources = every if variant in LATENT_VARIANTS else whole
+        sources = every if variant in LATENT_VARIANTS else [] if variant == "self" else whole
         for suffix, shards, keep in sources:
             label = variant + suffix + ("" if keep == 1 else f"_keep{keep:g}")
-            rows[label] = {"variant": variant, "actor": actors[variant], "shards": shards, "keep": keep}
+            rows[label] = dict(variant=variant, actor=actors[variant], shards=shards, keep=keep)
     for label, shards in others.items():
-        rows[label] = {"variant": "latent", "actor": actors["latent"], "shards": shards, "keep": 1.0}
+        rows[label] = dict(variant="latent", actor=actors["latent"], shards=shards, keep=1.0)
+    if not rows:
+        raise UserError("--variants self is the same as latent here: give others")
     for label, row in rows.items():
         check_messages(tasks, **row)
         if row["variant"] in LATENT_VARIANTS and label not in others:  # those are read on purpose
@@ -205,7 +220,8 @@ def check_sender(messages, actor_path):
     learned = read_info(actor_path).get("sender")
     if not learned or messages.get("teacher") and messages["teacher"] == fingerprint(actor_path):
         return  # a student that was trained over this very actor is its own
-    names = ["fingerprint", "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps"]
+    messages, learned = {"send": "last"} | messages, {"send": "last"} | learned  # before there was a choice
+    names = ["fingerprint", "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps", "send"]
     differ = [name for name in names if name in messages and messages[name] != learned.get(name)]
     if differ:
         raise UserError(f"{actor_path} learned to read {learned['model']}, these are messages of "
@@ -251,12 +267,13 @@ def collect_messages(tasks, actor_path, output_dir, *, sender, latent_steps=(), 
     otherwise; its messages go to output_dir/messages, messages_k8, ... Raises UserError, before a model is
     loaded, for a sender that the actor did not learn from."""
     bridge, learned = read_bridge(sender), read_info(actor_path).get("sender") or {}
-    told = {"model": sender, "fingerprint": fingerprint(sender), "teacher": bridge.get("teacher")}
+    send = learned.get("send", "last")
+    told = {"model": sender, "fingerprint": fingerprint(sender), "teacher": bridge.get("teacher"), "send": send}
     check_sender(told, actor_path)
     if not latent_steps and not bridge:
         prompt_template = prompt_template or learned.get("prompt_template")
         chat_template_kwargs = chat_template_kwargs or learned.get("chat_template_kwargs")
-        options["chat_template"] = learned.get("chat_template", "auto")
+        options |= {"chat_template": learned.get("chat_template", "auto"), "send": send}
     messages = {}
     for steps in latent_steps or [bridge.get("K")]:
         suffix = f"_k{steps}" if steps else ""
@@ -270,24 +287,40 @@ def collect_messages(tasks, actor_path, output_dir, *, sender, latent_steps=(), 
     return messages
 
 
+def other_message(task, tasks, shards, seed):
+    """The id whose message `task` is told under cross_task: of another task, another text that the sender read,
+    drawn among the ten nearest in number of states. Raises UserError if there is none."""
+    task_id, lengths, ranked = task["id"], shards.lengths, []
+    asked = shards.records[task_id]["task"]
+    for other in tasks:
+        name = other["id"]
+        if other["task"] == task["task"] or name not in shards:
+            continue
+        if shards.records[name]["task"] != asked:
+            apart = abs(lengths[name] - lengths[task_id])
+            chance = seed_for(seed, task_id, name)  # orders those that are equally near
+            ranked.append((apart, chance, name))
+    if not ranked:
+        raise UserError(f"{shards.directory}: cross_task needs another task's message for id {task_id}")
+    nearest = sorted(ranked)[:10]
+    return nearest[seed_for("cross_task", seed, task_id) % len(nearest)][-1]
+
+
 def message_sample(actor, turns, n, tasks, seed, /, *, variant, shards=None, keep=1.0, **unused):
     """The first prompt of task n under a variant -> (a sample for `collate`, without labels; what a record keeps
     of its message). turns: the conversation so far, one human turn; the rest: a row of `table_rows`."""
-    task_id = tasks[n]["id"]
+    task_id = message_of = tasks[n]["id"]
     plan_ids, latents = (), None
     announcement = actor.info.get("plan_announcement", PLAN_ANNOUNCEMENT)
     if variant in SILENT_VARIANTS:
-        announcement = None
+        announcement = message_of = None
     if variant in TEXT_VARIANTS:
         record = shards.records[task_id]
         plan_ids = plan_ids_for(actor.tokenizer, record["plan"], record["plan_token_ids"])
-    elif variant == "cross_task":
-        texts = [task["task"] for task in tasks]
-        with_message = [i for i, task in enumerate(tasks) if task["id"] in shards]
-        other = another_task(n, texts, with_message, "cross_task", seed, task_id)
-        latents = shards[tasks[other]["id"]]
-    elif variant in LATENT_VARIANTS:
-        latents = shards[task_id]
+    if variant == "cross_task":
+        message_of = other_message(tasks[n], tasks, shards, seed)
+    if variant in LATENT_VARIANTS:
+        latents = shards[message_of]
     if variant in PERTURBATIONS:
         latents = perturb(variant, latents, seed, task_id)
     if latents is not None:
@@ -298,7 +331,7 @@ def message_sample(actor, turns, n, tasks, seed, /, *, variant, shards=None, kee
     sample = build_sample(before, after, [-100] * len(after), plan_ids, latents, ratio)
     length = len(sample["input_ids"]) - len(before) - len(after)  # positions
     sender_ms = shards.records[task_id]["sender_ms"] if length else 0.0
-    return sample, {"message_length": length, "sender_ms": sender_ms}
+    return sample, {"message_of": message_of, "message_length": length, "sender_ms": sender_ms}
 
 
 # -------------------------------------------------------------------------------------------------------
@@ -316,13 +349,49 @@ def mean_of(records, key):
     return statistics.fmean(record[key] for record in records) if records else None
 
 
-def write_results(directory, settings, rows, summary, table, score, xlabel, title):
-    """summary.json, results.png, which shows the figure `score`, and the table on screen. summary: {label:
-    figures}; table: {heading: "figure format"}. "-" stands for a figure that there is not."""
+def mean_by_id(records, key):
+    """{id: mean over runs or samples}: a value per game or problem, however often it was tried."""
+    return {task_id: mean_of(part, key) for task_id, part in split_by(records, "id").items()}
+
+
+def bootstrap_interval(values, lowest=0.0, draws=10000):
+    """95 % interval of the mean of one value (`lowest` to 1) per game or problem -> (low, high)."""
+    values = np.array(values, dtype=float)
+    value = values[0]
+    if (values == value).all():  # no spread to draw from: Wilson says how frequent extremes may still be
+        _, unseen = wilson_interval(0, len(values))
+        return value - unseen * (value - lowest), value + unseen * (1 - value)
+    generator = np.random.default_rng(0)
+    means = [generator.choice(values, len(values)).mean() for _ in range(draws)]
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def differences(scores):
+    """DIFFERENCES of rows, {label: {id: mean over runs}} -> {name: [value, low, high]}, by a paired bootstrap.
+    latent_k8, cross_task_k8, no_comm -> gain_k8, pairing_k8, presence_k8."""
+    compared = {}
+    for name, (first, second) in DIFFERENCES.items():
+        for label in scores:
+            suffix = label.removeprefix(first)
+            other = scores.get(second + suffix) or scores.get(second)
+            if other and label == first + suffix:
+                apart = [score - other[task_id] for task_id, score in scores[label].items()]
+                interval = bootstrap_interval(apart, lowest=-1.0)
+                compared[name + suffix] = [statistics.fmean(apart), *interval]
+    return compared
+
+
+def write_results(directory, settings, rows, summary, records, outcome, table, score, xlabel, title):
+    """summary.json, results.png, which shows the figure `score`, the table on screen and its notes. summary:
+    {label: figures} of `records`, whose success is called `outcome`; table: {heading: "figure format"}. "-" stands
+    for a figure that there is not."""
     actors = {label: row["actor"] for label, row in rows.items()}
-    content = {"settings": settings, "actors": actors, "variants": summary}
+    parts = split_by(records, "variant")
+    compared = differences({label: mean_by_id(part, outcome) for label, part in parts.items()})
+    content = {"settings": settings, "actors": actors, "variants": summary, "differences": compared}
     write_json(os.path.join(directory, "summary.json"), content)
-    values, intervals = zip(*[(figures[score], figures["interval"]) for figures in summary.values()])
+    values = [figures[score] for figures in summary.values()]
+    intervals = [figures["interval"] for figures in summary.values()]
     plot_bars(os.path.join(directory, "results.png"), list(summary), values, intervals, xlabel, title)
     print(f"\n{'variant':24s}" + "".join(f"{heading:>10s}" for heading in table))
     for label, figures in summary.items():
@@ -333,3 +402,15 @@ def write_results(directory, settings, rows, summary, table, score, xlabel, titl
             value = figures.get(name)
             line += f"{'-' if value is None else format(value, form):>10s}"
         print(line)
+    if compared:
+        print("\ndifference                          95% from        to")
+        for name, figures in compared.items():
+            print(f"{name:24s}" + "".join(f"{figure:+10.3f}" for figure in figures))
+        print(*MEANINGS, sep="\n")
+    if "cross_task" in rows:
+        lengths, apart = rows["cross_task"]["shards"].lengths, []
+        for record in parts["cross_task"]:
+            if record.get("message_of"):  # a game that crashed at once has none
+                apart.append(abs(lengths[record["message_of"]] - lengths[record["id"]]))
+        median = statistics.median(apart or [0])
+        print(f"cross_task: another task's message, its length within {median:g} states (median)")

@@ -2,9 +2,10 @@
 
 `python forked.py` imports the scripts once, then reads one job per line and forks it:
 
-    {"script", "argv", "world": ranks, "event": n, "on": kind, "seconds": s, "signal": k, "env": {...}, "cwd"}
+    {"script", "argv", "world": ranks, "event": n, "on": kind, "seconds": s, "signal": k, "env": {...}, "cwd",
+     "exact": true}
         runs script.main(argv) in each rank. The signal hits the n-th time that a rank touches a file of its
-        output (only in the way of "on", where it is given), or after s seconds.
+        output (only in the way of "on", where it is given), or after s seconds. "exact": what is fp32 has 64 bits.
     {"shell": command}
         runs a command.
 
@@ -51,12 +52,23 @@ class Forked:
         self.process.wait()
 
 
+def compute_in_float64():
+    """In this process fp32 becomes float64: rounding cannot hide a fault, or grow to the size of one."""
+    import torch
+    import hf
+    hf.DTYPES["fp32"], hf.TOLERANCE[torch.float64] = torch.float64, 1e-3
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+
+
 def child(job, rank, world, port, directory):
     """One rank: never returns."""
     for fd, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(directory, f"{name}{rank}"), os.O_WRONLY), fd)
     os.environ.update(job.get("env", {}))
     os.chdir(job.get("cwd", "."))
+    if job.get("exact"):
+        compute_in_float64()
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

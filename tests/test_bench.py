@@ -9,7 +9,7 @@ import torch
 from examples import bench
 
 
-@pytest.mark.parametrize("name, count", [("collect", 1), ("compress", 3), ("eval", 1), ("gpu", 7)])
+@pytest.mark.parametrize("name, count", [("collect", 2), ("compress", 3), ("eval", 1), ("gpu", 7)])
 def test_every_benchmark_writes_complete_rows(name, count, tmp_path):
     """Also the one for a GPU, dry. The two sides of a row are compared there."""
     path = tmp_path / "rows.json"

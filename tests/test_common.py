@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from common import (Parser, Run, UserError, all_reduce_sum, atomic_path, catch_stop, check_output, fingerprint,
                     is_text, json_object, load_object, lock, one_line_errors, positive, progress, read_json, seed_for,
                     wilson_interval, write_json, write_text)
-from tiny import checkpoints, column, read_log, same_run, same_tensors, snapshot
+from tiny import checkpoints, column, read_log, same_run, same_tensors
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -132,7 +132,8 @@ def test_no_output_eats_an_input(tmp_path):
     for output, path in (("model", "model"), ("model/actor", "model"), (".", "train.json"), ("x/../model", "model")):
         with pytest.raises(UserError, match="--output_dir .* is where the input"):
             check_output("--output_dir", str(tmp_path / output), [None, str(tmp_path / path)])
-    check_output("--output_dir", str(tmp_path / "actor"), [str(tmp_path / "model"), str(tmp_path / "train.json"), "a/b"])
+    inputs = [str(tmp_path / "model"), str(tmp_path / "train.json"), "a/b"]
+    check_output("--output_dir", str(tmp_path / "actor"), inputs)
     check_output("--output_dir", str(tmp_path / "model2"), [str(tmp_path / "model")])
 
 
@@ -214,7 +215,7 @@ def write_weights(directory, weights):
     save_file(weights, os.path.join(directory, "model.safetensors"))
 
 
-def test_a_run_keeps_its_newest_and_its_best(tmp_path, capsys):
+def test_a_run_keeps_its_newest_and_its_best(tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
     train(tmp_path, [3.0, 2.0, 2.5, 2.1, 1.0], patience=2)  # two evaluations without a new best end it
     assert column(tmp_path, "eval_loss") == [3.0, 2.0, 2.5, 2.1] and read_log(tmp_path)[0].keys() >= {"hinge"}
@@ -224,9 +225,6 @@ def test_a_run_keeps_its_newest_and_its_best(tmp_path, capsys):
     assert state == {"step": 4, "stopped": True, "settings": SETTINGS, "best_step": 2, "best_eval_loss": 2.0,
                      "bad_evals": 2}
     assert (tmp_path / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
-    before = snapshot(tmp_path)
-    assert train(tmp_path).is_over(4) and snapshot(tmp_path) == before
-    assert f"{tmp_path} is finished (4 steps)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("until", [1, 3, 4])

@@ -27,7 +27,7 @@ def make_messages(directory, dtype, n=70):
             states[0, :4] = torch.tensor([-0.0, small, large, 1 / 3])
             latents[f"train/a/{i}"] = states.to(DTYPES[dtype])
             records[f"train/a/{i}"] = {"task": f"task {i} é", "plan": f"plan\n{i}", "plan_token_ids": [1, 2],
-                                       "level": "Level 2", "sender_ms": 1.25}
+                                       "token_ends": [1, 6], "level": "Level 2", "sender_ms": 1.25}
         write_shard(directory / f"latents-rank00000-{shard:05d}.safetensors", latents, records, sender)
     return LatentShards(str(directory))
 

@@ -115,11 +115,15 @@ def test_actor_gives_complete_files(world, tmp_path, capsys):
         assert r["correct"] == is_equiv(r["extracted_answer"], r["reference_answer"])
         assert r["variant"] not in ("latent", "randomrot") or r["message_length"] == shards.lengths[r["id"]]
         assert (r["message_length"] > 0) == (r["variant"] != "no_comm") == (r["sender_ms"] > 0)
+        assert (r["message_of"] == r["id"]) == (r["variant"] not in ("no_comm", "cross_task"))
     outputs = {tuple(r["model_output"] for r in rows if r["variant"] == v)
                for v in ("latent", "cross_task", "no_comm", "text")}
     assert len(outputs) == 4  # each variant is told something else
     s = summary(tmp_path / "o")
     assert s["variants"] == summarize(rows, is_equiv) and 0 < s["variants"]["latent"]["accuracy"] < 1
+    assert list(s["differences"]) == ["gain", "pairing", "presence"] and "\ngain " in text
+    accuracy = {name: row["accuracy"] for name, row in s["variants"].items()}
+    assert s["differences"]["gain"][0] == pytest.approx(accuracy["latent"] - accuracy["no_comm"])
     assert list(s["variants"]["latent"]["by_level"]) == list("12345")
     assert list(s["variants"]["latent"]["by_subject"]) == sorted(SUBJECTS.values())
     assert f"\nlatent {s['variants']['latent']['accuracy']:27.3f}" in text
@@ -298,10 +302,11 @@ def test_cut_answers(world, tmp_path, capsys, refuses):
     assert line[-3] == "2" and heading[-3] == "cut"
 
 
-def test_a_sender_that_is_asked_now(world, tmp_path):
+def test_a_sender_that_is_asked_now(world, tmp_path, capsys):
     sender = save_model(tmp_path / "sender", width=48)
     main(argv(world, tmp_path / "o", "--num_samples", 4, "--sender", sender, "--latent_steps", 4, 2,
-              "--subjects", "geometry", "--sender_batch_size", 3, variants=["latent", "text"]))
+              "--subjects", "geometry", "--sender_batch_size", 3, variants=["latent", "text", "self"]))
+    assert "self is left out" in capsys.readouterr().out
     said = {(r["variant"], r["message_length"]) for r in results(tmp_path / "o") if "_k" in r["variant"]}
     assert said == {("latent_k4", 4), ("latent_k2", 2)}
     messages = LatentShards(str(tmp_path / "o" / "messages_k4"))
@@ -444,7 +449,7 @@ def test_fields_that_are_given(world, tmp_path, refuses):
     (["--split", "dev"], ["dev", "['test']"]), (["--subjects", "poetry"], ["poetry", "Number Theory"]),
     (["--dataset", "/nowhere/MATH"], ["no file or directory /nowhere/MATH"]),
     (["--hidden_data", "/nowhere"], ["/nowhere"]), (["--latent_steps", 4], ["--sender"]),
-    (["--keep_ratio", 2], ["--keep_ratio"]), (["--messages", "x"], ["--messages", "NAME=DIR"]),
+    (["--keep_ratio", 2], ["--keep_ratio"]), (["--variants", "self"], ["self needs --sender"]),
     (["--sender", "/nowhere"], ["--hidden_data", "--latent_steps"]),
     (["--sender_batch_size", 0], ["--sender_batch_size"]),
     (["--question_template", "x"], ["--question_template"]), (["--model_path", "/nowhere/m"], ["/nowhere/m"]),

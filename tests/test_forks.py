@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from common import read_json, write_json
 from examples.scratch import build_tokenizer, one_turn, train_lm
+from model import LatentShards
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -37,6 +38,12 @@ class Linear(nn.Module):
 
     def forward(self, hidden_states, mask):  # (B, L, d_s), (B, L) -> (B, L, d_a)
         return self.norm(self.linear(hidden_states))
+"""
+SEND = """
+import torch
+
+def two_layers(lm, hidden_states, logits):  # a tuple of (n, D), 0 the embeddings; (n, V) -> (n, d)
+    return torch.cat([hidden_states[1], hidden_states[-1]], dim=1)
 """
 GRADER = """
 import math
@@ -147,6 +154,21 @@ def test_an_adapter(three_steps, forked):
     assert read_json(f"{folder}/safe/actor/latent_adapter.json")["adapter"]["class"] == "my_adapters:Linear"
     done = forked("eval_alfworld", [*EVALUATE[1:], "--num_episodes", "4"], cwd=str(folder))
     assert done["codes"] == [0] and len(results(folder)) == 4, done
+
+
+def test_what_is_sent(three_steps, forked):
+    """A function by flag: the actor learns what it makes of the states, and is sent the same by a live sender."""
+    folder, command = three_steps
+    (folder / "my_states.py").write_text(SEND)
+    name = "my_states:two_layers"
+    for script, *argv in ([*COLLECT, "--send", name, "--output_dir", "wide"], [*command, "--hidden_data", "wide"],
+                          [*EVALUATE, "--num_episodes", "4"]):
+        done = forked(script.removesuffix(".py"), argv, cwd=str(folder))
+        assert done["codes"] == [0], done
+    for directory in ("wide", "safe/results/messages"):
+        sender = LatentShards(f"{folder}/{directory}").sender
+        assert (sender["send"], sender["hidden_size"]) == (name, 128)
+    assert read_json(f"{folder}/safe/actor/latent_adapter.json")["sender"]["send"] == name
 
 
 def test_a_grader(tmp_path, forked):

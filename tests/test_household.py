@@ -12,7 +12,7 @@ from examples.household import LOCATIONS, MAX_STEPS, PLACES, Household, all_task
 from household_fixture import TINY
 from tiny import snapshot
 
-ROWS = "latent text no_comm cross_task randomrot no_comm_base keep8 k8 k8_untrained search".split()
+ROWS = "latent text no_comm cross_task self randomrot no_comm_base keep8 k8 k8_untrained search".split()
 
 
 # ---- the household
@@ -187,7 +187,7 @@ def test_a_second_run_reuses_everything(household, monkeypatch):
     monkeypatch.setattr(scratch, "train_lm", None)  # not called
     before, results = snapshot("household_out"), read_json("household_out/summary.json")["results"]
     assert sum("loss_log.csv" in path for path in before) == 2
-    assert sum("/episodes/" in path for path in before) == 9 * TINY["test"]
+    assert sum("/episodes/" in path for path in before) == len(ROWS[:-1]) * TINY["test"]
     example.main(["--fast"])
     assert unchanged(before, snapshot("household_out"), "loss_log.csv", ".safetensors", ".pt", "/test-0000.json")
     assert read_json("household_out/summary.json")["results"] == results
@@ -269,22 +269,16 @@ def test_sender_and_actor_read_the_same_problem_in_known_words():
     assert re.fullmatch(r"<user> .* mod ten \? <eos> <assistant>", actor)
 
 
-@pytest.fixture(scope="module")
-def solved(tmp_path_factory):
-    """The problems with hardly any training: what is written, not how good it is."""
-    out = str(tmp_path_factory.mktemp("the arithmetic") / "a b")  # with a space: the commands quote it
-    sizes = {"base": 10, "train": 40, "test": 20, "actor": 2, "baseline": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(arithmetic.SIZES, True, sizes)
-        arithmetic.main(["--fast", "--output_dir", out])
-        before = snapshot(out)
-        patch.setattr(scratch, "train_lm", None)  # not called again
-        arithmetic.main(["--fast", "--output_dir", out])
-    return out, before
-
-
-def test_arithmetic_runs_every_stage(solved):
-    out, before = solved
+def test_arithmetic_runs_every_stage_once(tmp_path, monkeypatch):
+    """With hardly any training: what is written, not how good it is."""
+    out, sizes = str(tmp_path / "a b"), {"base": 10, "train": 40, "test": 20, "actor": 2, "baseline": 2}
+    monkeypatch.setitem(arithmetic.SIZES, True, sizes)
+    arithmetic.main(["--fast", "--output_dir", out])
+    before = snapshot(out)
+    monkeypatch.setattr(scratch, "train_lm", None)  # not called again
+    arithmetic.main(["--fast", "--output_dir", out])
+    assert sum("loss_log.csv" in path for path in before) == 2
+    assert unchanged(before, snapshot(out), "loss_log.csv", ".safetensors", ".pt")
     summary, evaluated = read_json(f"{out}/summary.json"), read_json(f"{out}/eval/summary.json")["variants"]
     levels = {f"{row}, level {level}" for row in ("latent", "no_comm") for level in arithmetic.LEVELS}
     assert summary["results"].keys() == arithmetic.MEANING.keys() | levels and summary["tasks"] == 20
@@ -297,6 +291,3 @@ def test_arithmetic_runs_every_stage(solved):
         assert sum(level["accuracy"] for level in by_level) / 5 == pytest.approx(figures["accuracy"])
         assert sum(subject["questions"] for subject in figures["by_subject"].values()) == 20
     assert is_png(f"{out}/results.png")
-    # and the second run reuses everything
-    assert sum("loss_log.csv" in path for path in before) == 2
-    assert unchanged(before, snapshot(out), "loss_log.csv", ".safetensors", ".pt")

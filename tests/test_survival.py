@@ -18,7 +18,7 @@ import train_actor
 from common import read_json, write_json
 from forked import Forked
 from model import LatentShards
-from tiny import (argv_of, assert_same_curve, checkpoints, column, make_actor, make_data, read_log, same_run,
+from tiny import (argv_of, assert_same_training, checkpoints, column, make_actor, make_data, read_log, same_run,
                   same_tensors, save_model, snapshot, tensors, without_timing, write_messages, write_tasks)
 
 SCRIPTS = ["collect", "train_actor", "compress"]
@@ -168,10 +168,13 @@ def test_full_disk(world, small_disk, forked, tmp_path, script, size):
 
 # ---- ranks
 
+EXACT = 1e-9  # in float64; in fp32 a random student's gradients differ by 1e-5 in step 1, by 2e-3 in step 6
+
+
 @pytest.fixture(scope="module", params=TRAINERS)
 def one_rank(request, world, forked, tmp_path_factory):
     out = tmp_path_factory.mktemp("one_rank") / "o"
-    assert forked(request.param, command(world, request.param, out, model="tied"))["codes"] == [0]
+    assert forked(request.param, command(world, request.param, out, model="tied"), exact=True)["codes"] == [0]
     return request.param, out
 
 
@@ -192,14 +195,11 @@ def test_two_ranks_do_not_wait_for_what_gets_no_gradient(world, forked, tmp_path
 @pytest.mark.parametrize("ranks, fsdp", [(2, "false"), pytest.param(4, "false", marks=LONG), (2, "true")])
 def test_ranks_and_fsdp_follow_one_ranks_curve(world, forked, one_rank, tmp_path, ranks, fsdp):
     script, reference = one_rank
-    done = forked(script, command(world, script, tmp_path / "o", model="tied", fsdp=fsdp), world=ranks)
+    argv = command(world, script, tmp_path / "o", model="tied", fsdp=fsdp)
+    done = forked(script, argv, world=ranks, exact=True)
     assert done["codes"] == [0] * ranks, done
     assert "".join(done["out"]).count("with loss_log.csv") == 1  # one rank talks
-    assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
-    a, b = tensors(tmp_path / "o"), tensors(reference)
-    assert a.keys() == b.keys()  # a tied head is stored once
-    for name in b:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
+    assert_same_training(tmp_path / "o", reference, EXACT)
 
 
 def test_checkpoints_fit_any_ranks(world, forked, one_rank, tmp_path):
@@ -209,10 +209,10 @@ def test_checkpoints_fit_any_ranks(world, forked, one_rank, tmp_path):
     at_the_next_best = {"event": 2, "on": "os.rename", "signal": signal.SIGTERM}
     argv = command(world, script, tmp_path / "o", model="tied", save_steps=100, eval_steps=3)
     for ranks, more in ((2, ["--fsdp", "true"]), (4, [])):
-        done = forked(script, [*argv, *more], world=ranks, **at_the_next_best)
+        done = forked(script, [*argv, *more], world=ranks, exact=True, **at_the_next_best)
         assert done["codes"] == [143] * ranks, done
-    assert forked(script, argv)["codes"] == [0]
-    assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
+    assert forked(script, argv, exact=True)["codes"] == [0]
+    assert_same_training(tmp_path / "o", reference, EXACT)
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -245,16 +245,42 @@ def test_fsdp_holds_a_share_of_everything(world, tmp_path, forked, script):
 @pytest.mark.parametrize("flags", [
     {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 3},
     {"per_device_train_batch_size": 3, "gradient_checkpointing": "true", "self_check": "false"}], ids=str)
-def test_memory_flags_change_no_result(world, one_rank, tmp_path, flags):
+def test_memory_flags_change_no_result(world, forked, one_rank, tmp_path, flags):
     script, reference = one_rank
-    TRAINERS[script].main(command(world, script, tmp_path / "o", model="tied", **flags))
-    assert_same_curve(tmp_path / "o", reference, but=["grad_norm"])
-    norms = [column(out, "grad_norm")[:2] for out in (tmp_path / "o", reference)]  # before rounding has grown
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    argv = command(world, script, tmp_path / "o", model="tied", **flags)
+    assert forked(script, argv, exact=True)["codes"] == [0]
+    assert_same_training(tmp_path / "o", reference, EXACT)
+    if script == "train_actor":  # the probe scores two messages on two samples, in every third step
+        for row in read_log(tmp_path / "o"):
+            assert bool(row["infonce"]) == bool(row["infonce_bound"]) == (int(row["step"]) % 3 == 0)
+        parts = zip(column(tmp_path / "o", "infonce"), column(tmp_path / "o", "infonce_bound"))
+        assert [loss + bound for loss, bound in parts] == pytest.approx([math.log(2)] * 2)
 
 
-def test_compiled_layers_change_no_result(world, one_rank, tmp_path, monkeypatch):
-    script, reference = one_rank
+@pytest.mark.parametrize("script", TRAINERS)
+def test_bf16_autocast_gives_nearly_the_same_curve(world, tmp_path, script):
+    """What CUDA does, on a CPU: bf16 products over fp32 parameters, in every pass; false is off."""
+    small = {"steps": 4, "eval_steps": 2, "learning_rate": 1e-6}  # larger steps of a random student leave their course
+    on = {"bf16": "true"}
+    for out, flags in (("auto", {}), ("off", {"bf16": "false"}), ("on", on),
+                       ("again", on | {"gradient_checkpointing": "true"})):
+        TRAINERS[script].main(command(world, script, tmp_path / out, **small, **flags))
+    names = {"loss", "task", "kl", "align", "sep", "eval_loss", "infonce"} & read_log(tmp_path / "on")[0].keys()
+    if script == "train_actor":  # a random student's gradient is too steep for 8 bits
+        names.add("grad_norm")
+    assert same_tensors(tmp_path / "off", tmp_path / "auto")
+    assert read_log(tmp_path / "off") == read_log(tmp_path / "auto")
+    for out in (tmp_path / "on", tmp_path / "again"):
+        assert {tensor.dtype for tensor in tensors(out).values()} == {torch.float32}
+        assert column(out, "loss") != column(tmp_path / "off", "loss")  # it was on
+        for name in names:
+            expected = pytest.approx(column(tmp_path / "off", name), rel=0.05, abs=3e-3)
+            assert column(out, name) == expected, name
+        assert any(round(128 * kl, 3) % 1 for kl in column(out, "kl"))  # its sums are in fp32
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_compiled_layers_change_no_result(world, tmp_path, monkeypatch, script):
     compiled, compile_layer = [], torch.nn.Module.compile
 
     def eager(self, **kwargs):  # the graphs that --compile makes, run without the minute of code generation
@@ -262,9 +288,11 @@ def test_compiled_layers_change_no_result(world, one_rank, tmp_path, monkeypatch
         return compile_layer(self, backend="eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    TRAINERS[script].main(command(world, script, tmp_path / "o", steps=1, model="tied", compile="true"))
-    for name in {"loss", "task", "align", "grad_norm", "kl", "sep"} & read_log(reference)[0].keys():
-        assert column(tmp_path / "o", name) == pytest.approx(column(reference, name)[:1], rel=1e-4), name
+    for out, flags in (("plain", {}), ("compiled", {"compile": "true"})):
+        TRAINERS[script].main(command(world, script, tmp_path / out, steps=1, **flags))
+    for name in {"loss", "task", "align", "grad_norm", "kl", "sep"} & read_log(tmp_path / "plain")[0].keys():
+        plain, compiled_column = (column(tmp_path / out, name) for out in ("plain", "compiled"))
+        assert compiled_column == pytest.approx(plain, rel=1e-4), name
     assert compiled == ["Qwen2DecoderLayer"] * 2  # the actor's; in compress.py the student's cache grows
 
 
@@ -323,8 +351,7 @@ def test_a_finished_run_does_nothing_and_takes_no_other_flags(world, one_rank, r
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("script", TRAINERS)
-@pytest.mark.parametrize("name, value, words", [
+BAD_FLAGS = [
     ("prepended_length", 3, ["--prepended_length 3", "states", "id t"]),
     ("model_max_length", 20, ["context of 20", "--model_max_length", "id t"]),
     ("model_max_length", 50, ["context of 50", "id t"]), ("surprise", 1, ["--surprise"]),
@@ -336,9 +363,38 @@ def test_a_finished_run_does_nothing_and_takes_no_other_flags(world, one_rank, r
     ("eval_ratio", 1, ["no training samples"]), ("task_turn", 4, ["no turn 4", "--task_turn"]),
     *((name, 0, ["--" + name, "at least 1"]) for name in (
         "global_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "eval_steps", "save_steps",
-        "logging_steps", "save_total_limit", "max_steps"))])
-def test_bad_flags(world, tmp_path, refuses, monkeypatch, script, name, value, words):
+        "logging_steps", "save_total_limit"))]
+
+
+@pytest.mark.parametrize("script, name, value, words", [
+    *((script, *bad) for script in TRAINERS for bad in BAD_FLAGS),
+    *(("train_actor", *bad) for bad in (
+        ("num_heads", 5, ["--num_heads 5", "32"]), ("num_heads", 0, ["--num_heads"]),
+        ("adapter", "model:Nothing", ["--adapter model:Nothing"]), ("message", "smoke", ["--message"]),
+        ("adaptive_weights", "maybe", ["--adaptive_weights"]), ("curriculum", 1.5, ["--curriculum", "1.5"]),
+        ("model_name_or_path", "/nowhere", ["/nowhere"]), ("infonce_probe_size", 0, ["--infonce_probe_size"]))),
+    *(("compress", *bad) for bad in (
+        ("K", 0, ["--K", "at least 1"]), ("K", 5000, ["id t", "K = 5000", "4096"]),
+        ("max_steps", 0, ["--max_steps", "at least 1"]), ("prompt_template", "Plan.", ["{task}"]),
+        ("student_model_name_or_path", "/nowhere", ["/nowhere"]),
+        ("teacher_model_name_or_path", "/nowhere", ["/nowhere"])))])
+def test_bad_flags_leave_nothing(world, tmp_path, refuses, monkeypatch, script, name, value, words):
     if "ranks" in words:
         monkeypatch.setenv("WORLD_SIZE", "3")
     refuses(TRAINERS[script].main, command(world, script, tmp_path / "o", **{name: value}), *words)
-    assert not os.path.exists(tmp_path / "o" / "loss_log.csv")
+    assert not os.path.exists(tmp_path / "o") or name == "adapter" and not os.listdir(tmp_path / "o")
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+@pytest.mark.parametrize("part", ["the loss is", "its gradient"])
+def test_what_is_not_finite_changes_nothing(world, tmp_path, refuses, monkeypatch, script, part):
+    flags = {"save_steps": 1, "eval_steps": 9}
+    if part == "the loss is":
+        flags |= {"learning_rate": 1e30, "max_grad_norm": 1e9}
+    else:  # through many latent steps a gradient can overflow where the loss is fine
+        norms = iter([torch.tensor(1.0), torch.tensor(math.nan)])
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: next(norms))
+    argv = command(world, script, tmp_path / "o", **flags)
+    line = refuses(TRAINERS[script].main, argv, "step 2: the loss is", f"{part} nan", "nothing was updated")
+    assert sum(f"t{n}" in line for n in range(7)) >= 3 and "--learning_rate" in line  # the batch's ids
+    assert column(tmp_path / "o", "step") == [1] and checkpoints(tmp_path / "o") == ["checkpoint-1"]

@@ -1,4 +1,4 @@
-"""Stage 2: the loss terms, the batches, what is kept, and it learns. What compress.py does alike: test_survival.py."""
+"""Stage 2: loss terms, batches, what is kept, and it learns. What compress.py does alike: test_survival.py."""
 import math
 import os
 import socket
@@ -8,16 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import model
 import train_actor
 from common import read_json, write_json
-from data import Conversations, encode_conversation, to_turns
+from data import Conversations
 from hf import load_tokenizer
 from model import ADAPTER_FORMAT, LatentActor, LatentShards, add_markers, open_shards
-from tiny import (argv_of, assert_same_curve, checkpoints, column, logits_by_hand, make_data, message_of, read_log,
-                  save_model, tensors, write_messages)
+from tiny import (argv_of, assert_same_training, column, loss_by_hand, make_data, message_of, read_log,
+                  save_model, write_messages)
 from train_actor import loss_weights, main, make_batches
 
 N = 7  # samples: no multiple of any batch size below
@@ -53,39 +52,20 @@ def turns(*pairs):
     return [{"from": role, "value": text} for role, text in pairs]
 
 
-# ---- one result for any number format and launcher
-
-SPLIT = {"adapter_dropout": 0, "infonce_probe_interval": 2, "infonce_probe_size": 2}
-
-
-@pytest.fixture(scope="module")
-def reference(world, tmp_path_factory):
-    return train(world, str(tmp_path_factory.mktemp("reference") / "o"), **SPLIT)
-
-
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_bf16_autocast_gives_nearly_the_same_curve(world, reference, tmp_path, checkpointing):
-    """What CUDA does, on a CPU: bf16 products over fp32 parameters, in every pass."""
-    out = train(world, tmp_path / "o", **SPLIT, bf16="true", gradient_checkpointing=checkpointing)
-    assert {tensor.dtype for tensor in tensors(out).values()} == {torch.float32}
-    assert column(out, "loss") != column(reference, "loss")  # it was on
-    for name in ("loss", "task", "align", "sep", "grad_norm", "eval_loss", "infonce"):
-        assert column(out, name) == pytest.approx(column(reference, name), rel=0.03, abs=3e-3), name
-
-
 @pytest.mark.long  # test_method.py and test_survival.py start the ranks themselves
-def test_torchrun(world, reference, tmp_path):
-    """Two ranks as one starts them follow one rank's curve."""
+def test_torchrun(world, tmp_path):
+    """Two ranks as one starts them follow one rank's curve, to the same model."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), os.path.abspath(train_actor.__file__)]
-    out = tmp_path / "o"
-    done = subprocess.run([*command, *argv(world, out, **SPLIT, per_device_train_batch_size=1)],
+    flags = {"adapter_dropout": 0, "infonce_probe_interval": 2, "infonce_probe_size": 2}
+    reference = train(world, tmp_path / "one", **flags)
+    done = subprocess.run([*command, *argv(world, tmp_path / "two", **flags, per_device_train_batch_size=1)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert_same_curve(out, reference)
+    assert_same_training(tmp_path / "two", reference, 1e-4)
     assert done.stdout.count("with loss_log.csv") == 1  # one rank talks
 
 
@@ -93,38 +73,47 @@ def test_torchrun(world, reference, tmp_path):
 
 @pytest.mark.parametrize("kind", ["latent", "text", "none"])
 def test_the_kept_model_has_the_logged_loss_on_whole_messages(world, tmp_path, kind):
-    """The output directory reproduces the lowest eval_loss, by plain Hugging Face on inputs made by hand."""
-    held_out = read_json(world["train_file"])[4:]
+    """The output directory reproduces the lowest eval_loss, by plain Hugging Face on inputs made by hand.
+    A baseline needs no messages: its plans may stand in the training file."""
+    records = read_json(world["train_file"])
+    if kind == "text":
+        records = [{**record, "plan": f"look {record['id']}"} for record in records]
+    flags, held_out = with_records(world, tmp_path / "t.json", records), records[4:]
+    flags["hidden_data"] = world["hidden_data"] if kind == "latent" else None
     write_json(str(tmp_path / "eval.json"), held_out)
-    out = train(world, tmp_path / "o", eval_file=tmp_path / "eval.json", eval_ratio=0, message=kind,
+    out = train(flags, tmp_path / "o", eval_file=tmp_path / "eval.json", eval_ratio=0, message=kind,
                 learning_rate=0.01, eval_steps=1, save_steps=1)
     losses = column(out, "eval_loss")
     assert read_json(str(out / "trainer_state.json"))["best_step"] == 1 + np.argmin(losses) and len(losses) == 4
     actor, shards = LatentActor.load(str(out)), LatentShards(world["hidden_data"])
     assert os.path.exists(out / "latent_adapter.safetensors") == (kind == "latent")
     assert actor.info["kind"] == kind
-    total = tokens = 0
-    for record in held_out:
-        announcement = actor.info["plan_announcement"] if kind != "none" else None
-        before, after, labels = encode_conversation(actor.tokenizer, to_turns(record), announcement)
-        with torch.no_grad():
-            message = message_of(actor, shards[record["id"]]) if kind == "latent" else torch.zeros(0, 32)
-            if kind == "text":
-                plan = actor.tokenizer(shards.records[record["id"]]["plan"]).input_ids
-                message = actor.lm.get_input_embeddings()(torch.tensor(plan))
-            logits, labels = logits_by_hand(actor.lm, before, message, after, labels)
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        tokens += len(labels)
-    assert total / tokens == pytest.approx(min(losses), abs=1e-4)
+    if kind != "latent":
+        assert not {"sep", "align", "w_sep"} & read_log(out)[0].keys()
+        assert column(out, "loss") == column(out, "task")
+        assert actor.info["sender"] is None and "adapter" not in actor.info
+
+    def message(record):
+        if kind == "latent":
+            return message_of(actor, shards[record["id"]])
+        plan = actor.tokenizer(record["plan"]).input_ids if kind == "text" else []
+        return actor.lm.get_input_embeddings()(torch.tensor(plan, dtype=torch.long))
+
+    assert loss_by_hand(actor, held_out, message) == pytest.approx(min(losses), abs=1e-4)
 
 
-def test_what_an_evaluation_needs_is_kept_with_the_actor(world, tmp_path):
-    """latent_adapter.json: the announcement, the instruction, the template's and the adapter's arguments."""
+def test_what_an_evaluation_needs_is_kept_with_the_actor(world, tmp_path, capsys):
+    """latent_adapter.json: the announcement, the instruction, the template's and the adapter's arguments.
+    The first sample is shown: supervised tokens between » and «, latents in their place."""
     eto = turns(("human", "instruction"), ("gpt", "OK"), ("human", "the task"), ("gpt", "go"))
     records = [{**record, "conversations": eto} for record in read_json(world["train_file"])]
     out = train(with_records(world, tmp_path / "t.json", records), tmp_path / "o", task_turn=2, max_steps=1,
                 plan_announcement="Listen:", adapter_scale=0.5, adapter_dropout=0,
                 chat_template_kwargs='{"enable_thinking": true}')
+    printed = capsys.readouterr().out
+    assert "first sample: <|im_start|>system\nYou are helpful.<|im_end|>\n" in printed
+    assert "<|im_start|>user\ninstruction\n\nthe task\nListen:<bop>[" in printed
+    assert " latents]<eop><|im_end|>\n<|im_start|>assistant\n»go<|im_end|>«\n" in printed
     info = read_json(str(out / "latent_adapter.json"))
     output_scale = info["adapter"]["arguments"].pop("output_scale")
     arguments = {"sender_dim": 32, "dim": 32, "num_heads": 4, "dropout": 0, "scale": 0.5}
@@ -135,28 +124,10 @@ def test_what_an_evaluation_needs_is_kept_with_the_actor(world, tmp_path):
     assert 0 < output_scale < 10 and LatentActor.load(str(out)).adapter.attention.num_heads == 4
 
 
-def test_baselines_need_no_messages(world, tmp_path):
-    records = [{**record, "plan": "look around"} for record in read_json(world["train_file"])]
-    for kind, flags in (("text", with_records(world, tmp_path / "plans.json", records)), ("none", world)):
-        out = train(flags | {"hidden_data": None}, tmp_path / kind, message=kind)
-        assert not {"sep", "align", "w_sep"} & read_log(out)[0].keys() and column(out, "loss") == column(out, "task")
-        assert not os.path.exists(out / "latent_adapter.safetensors")
-        info = read_json(str(out / "latent_adapter.json"))
-        assert info["kind"] == kind and info["sender"] is None and "adapter" not in info
-
-
-def test_the_first_sample_is_shown(world, tmp_path, capsys):
-    """Supervised tokens between » and «, latents in their place."""
-    train(world, tmp_path / "o", max_steps=1, eval_ratio=0)
-    printed = capsys.readouterr().out
-    assert "first sample: <|im_start|>system\nYou are helpful." in printed
-    assert "Its plan:<bop>[3 latents]<eop><|im_end|>\n<|im_start|>assistant\n»go<|im_end|>«\n" in printed
-
-
 # ---- the loss terms
 
 def test_a_weight_moves_with_its_term():
-    """Between a tenth of its ceiling and the ceiling, which is where the term starts: 1 for align, ln 2 for sep."""
+    """Between a tenth of its ceiling and the ceiling, where the term starts: 1 for align, ln 2 for sep."""
     assert loss_weights(0.4, 2.0, False, {"align": 0.0, "sep": 0.0}) == {"task": 1.0, "align": 0.4, "sep": 2.0}
     assert loss_weights(0.4, 2.0, True, None) == {"task": 1.0, "align": 0.4, "sep": 2.0}
     for part, share in ((0, 0.1), (0.05, 0.1), (0.5, 0.5), (1, 1), (7, 1)):
@@ -180,7 +151,7 @@ def test_the_log_has_every_term_and_its_weight(world, tmp_path, adaptive):
 
 
 def test_a_term_of_ones_own_has_its_column_and_zero_weights_drop_their_passes(world, tmp_path, monkeypatch):
-    """A term is one line where it is computed and one where it is weighed; what is not computed is not logged."""
+    """One line where it is computed and one where it is weighed; what is not computed is not logged."""
     terms_of, weights_of, norms = model.actor_loss, train_actor.loss_weights, []
     monkeypatch.setattr(model, "actor_loss", lambda logits, targets: terms_of(logits, targets) | {
         "size": logits["sample"].square().mean(-1)})
@@ -194,35 +165,21 @@ def test_a_term_of_ones_own_has_its_column_and_zero_weights_drop_their_passes(wo
     assert norms[0] != pytest.approx(norms[1])  # it is learned, too
 
 
-def test_infonce_columns(reference):
-    for row in read_log(reference):
-        assert bool(row["infonce"]) == bool(row["infonce_bound"]) == (int(row["step"]) % 2 == 0)
-        if row["infonce"]:
-            assert float(row["infonce"]) + float(row["infonce_bound"]) == pytest.approx(math.log(2), abs=1e-5)
-
-
 # ---- the batches of a step
 
-@pytest.fixture(scope="module")
-def data(world):
+@pytest.mark.parametrize("curriculum", [[0.0], [0.5], [0.0, 1.0], [r / 10 for r in range(11)]], ids=str)
+def test_ratios_are_drawn_from_the_curriculum(world, curriculum):
+    """The same one for the sample and its negative; all of them come, by the number of the draw alone."""
     tokenizer = load_tokenizer(world["model_name_or_path"])
     add_markers(tokenizer)
-    return Conversations(world["train_file"], tokenizer, open_shards(world["hidden_data"]))
-
-
-def passes(data, drawn, curriculum):
-    return make_batches(data, drawn, range(len(data)), kind="latent", curriculum=curriculum, with_plan=True,
-                        with_other=True, seed=0, device="cpu")
-
-
-@pytest.mark.parametrize("curriculum", [[0.0], [0.5], [0.0, 1.0], [r / 10 for r in range(11)]], ids=str)
-def test_ratios_are_drawn_from_the_curriculum(data, curriculum):
-    """The same one for the sample and its negative; all of them come, by the number of the draw alone."""
+    data = Conversations(world["train_file"], tokenizer, open_shards(world["hidden_data"]))
     expected = {ratio: math.floor(ratio * 7 + 1e-9) for ratio in curriculum}
-    assert data.message_lengths[4] == 7
+    assert data.shards.lengths[data.ids[4]] == 7
     seen = set()
     for draw in range(100):
-        batch, plan_batch, other_batch = passes(data, [(draw, 4)], curriculum)
+        batch, plan_batch, other_batch = make_batches(
+            data, [(draw, 4)], range(N), kind="latent", curriculum=curriculum, with_plan=True,
+            with_other=True, seed=0, device="cpu")
         words = 7 - int(batch["keep_mask"].sum())
         ratios = [ratio for ratio in curriculum if expected[ratio] == words]
         assert ratios and not plan_batch["message_mask"].any()
@@ -230,17 +187,6 @@ def test_ratios_are_drawn_from_the_curriculum(data, curriculum):
         assert L - int(other_batch["keep_mask"].sum()) in [math.floor(ratio * L + 1e-9) for ratio in ratios]
         seen.add(words)
     assert seen == set(expected.values())
-
-
-def test_a_negative_is_the_same_in_any_batch(data):
-    drawn = [(draw, draw % N) for draw in range(12)]
-    together = passes(data, drawn, [0.0])[2]
-    alone = [passes(data, [pair], [0.0])[2] for pair in drawn]
-    for b, (_, n) in enumerate(drawn):
-        L = int(together["latents_mask"][b].sum())
-        assert torch.equal(together["latents"][b, :L], alone[b]["latents"][0])
-        source, = [m for m in range(N) if torch.equal(data.latents(m), alone[b]["latents"][0])]
-        assert data.tasks[source] != data.tasks[n]
 
 
 def test_a_curriculum_of_zero_shows_no_word_of_the_plan(world, tmp_path):
@@ -291,16 +237,6 @@ def test_bad_records(world, tmp_path, refuses, fields, words):
     refuses(main, argv(with_records(world, tmp_path / "t.json", [first, *others]), tmp_path / "o"), *words)
 
 
-@pytest.mark.parametrize("name, value, words", [
-    ("num_heads", 5, ["--num_heads 5", "32"]), ("adapter", "model:Nothing", ["--adapter model:Nothing"]),
-    ("message", "smoke", ["--message"]), ("adaptive_weights", "maybe", ["--adaptive_weights"]),
-    ("curriculum", 1.5, ["--curriculum", "1.5"]), ("model_name_or_path", "/nowhere", ["/nowhere"]),
-    ("num_heads", 0, ["--num_heads"]), ("infonce_probe_size", 0, ["--infonce_probe_size"])])
-def test_bad_flags(world, tmp_path, refuses, name, value, words):
-    refuses(main, argv(world, tmp_path / "o", **{name: value}), *words)
-    assert not os.path.exists(tmp_path / "o" / "loss_log.csv")
-
-
 @pytest.mark.parametrize("change, words", [
     (lambda latents, records: records["t2"].update(plan=""), ["id t2", "empty plan"]),
     (lambda latents, records: [record.update(task="x") for record in records.values()],
@@ -311,11 +247,3 @@ def test_bad_messages(world, tmp_path, refuses, change, words):
     change(latents, shards.records)
     messages = write_messages(tmp_path / "m", latents, shards.records)
     refuses(main, argv(world | {"hidden_data": messages}, tmp_path / "o", eval_ratio=0), *words)
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_is_there(world, tmp_path, refuses):
-    out = tmp_path / "o"
-    flags = {"learning_rate": 1e30, "save_steps": 1, "eval_steps": 9, "max_grad_norm": 1e9}
-    line = refuses(main, argv(world, out, **flags), "step 2", "loss is", "--learning_rate")
-    assert sum(f"t{i}" in line for i in range(N)) >= 3  # the batch's ids
-    assert column(out, "step") == [1] and checkpoints(out) == ["checkpoint-1"]

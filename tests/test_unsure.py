@@ -58,6 +58,7 @@ def test_the_actor_reads_the_goal_and_no_place(name):
 
 @WORLD
 def test_the_demonstration_goes_to_the_named_place_and_then_to_the_other(name):
+    """In turns, in the words of its world."""
     world = WORLDS[name]
     for task in world.tasks("test-7"):
         for named in task["places"]:
@@ -70,16 +71,10 @@ def test_the_demonstration_goes_to_the_named_place_and_then_to_the_other(name):
             steps = [world.step(world.spell(action)) for action in actions]
             assert [info["won"] for *_, info in steps] == [False] * (len(steps) - 1) + [True]
             assert not any(info["invalid"] for *_, info in steps) and len(steps) <= MAX_STEPS
-
-
-@WORLD
-def test_the_training_file_is_in_the_words_of_its_world(name):
-    world = WORLDS[name]
-    for task in world.tasks("train-7")[:50]:
-        turns = episode(world, task, demonstration(task, task["places"][0]))
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        assert all(world.spell(turn["value"]) == turn["value"] for turn in turns)
-        assert turns[-1]["value"] == world.spell(f"put {task['object']} in/on {task['target']} 1")
+            turns = episode(world, task, actions)
+            assert [turn["from"] for turn in turns] == ["human", "gpt"] * len(actions)
+            assert all(world.spell(turn["value"]) == turn["value"] for turn in turns)
+            assert turns[-1]["value"] == world.spell(f"put {task['object']} in/on {task['target']} 1")
 
 
 def test_a_search_wins_whatever_the_place():
@@ -127,7 +122,7 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_all_stages(small, capsys, monkeypatch):
+def test_all_stages_run_once(small, capsys, monkeypatch, refuses):
     result = read_json(f"{small}/unsure.json")
     assert os.path.getsize(f"{small}/unsure.png") > 10_000
     rows = {"latent", "text", *unsure.CONTROLS.values()}
@@ -144,10 +139,7 @@ def test_all_stages(small, capsys, monkeypatch):
     assert before == snapshot(f"{small}/seed0") and read_json(f"{small}/unsure.json") == result
     out = capsys.readouterr().out
     assert "wrong place named" in out and "$ python" not in out
-
-
-@pytest.mark.long
-def test_what_other_sizes_left_behind_is_not_taken_for_ones_own(small, refuses):
+    # what other sizes left behind is not taken for one's own
     refuses(unsure.main, ["--output_dir", small], "--fresh", "--output_dir", unsure.SIZES[True])
 
 

@@ -1,16 +1,18 @@
 """What an actor is told: the statistics of perturbations, the labels of the table, the sample of each variant."""
 import math
+import os
 
 import pytest
 import torch
 
-from common import Parser, UserError, fingerprint, write_json
+from common import Parser, UserError, fingerprint, wilson_interval, write_json
 from data import PLAN_ANNOUNCEMENT
 from hf import load_tokenizer
-from model import BOP, EOP, LATENT, LatentShards
-from tiny import make_actor, make_data, save_model
-from variants import (PERTURBATIONS, VARIANTS, actors_of_variants, add_flags, check_args, check_messages,
-                      check_settings, message_sample, named_messages, perturb, table_rows)
+from model import ADAPTER_FORMAT, BOP, EOP, LATENT, LatentShards
+from tiny import make_actor, make_data, save_model, write_messages
+from variants import (PERTURBATIONS, VARIANTS, actors_of_variants, add_flags, bootstrap_interval, check_args,
+                      check_messages, check_sender, check_settings, differences, mean_by_id, message_sample,
+                      named_messages, other_message, perturb, table_rows)
 
 
 N = 6
@@ -98,7 +100,7 @@ def flags(*argv):
 
 def test_names_of_variants():
     assert flags("--variants", "none", "text", "qwen2llama").variants == ["latent", "text", "latent"]
-    assert len(VARIANTS) == 12 and flags("--variants", *VARIANTS).variants == list(VARIANTS)
+    assert len(VARIANTS) == 13 and flags("--variants", *VARIANTS).variants == list(VARIANTS)
     check_args(flags("--sender", "s", "--hidden_data", "m", "--latent_steps", "8", "--keep_ratio", "0", "1"))
 
 
@@ -155,7 +157,7 @@ def test_labels_of_the_table(world):
     assert rows["llama"] == {"variant": "latent", "actor": actor, "shards": named["llama"], "keep": 1.0}
 
 
-def test_messages_that_cannot_be_read(world):
+def test_messages_that_cannot_be_read(world, tmp_path):
     tasks, full, actor = world["tasks"], world["full"], world["actor"]
     with pytest.raises(UserError, match="no adapter.*cross_task"):
         check_messages(tasks, variant="cross_task", actor=world["plain"], shards=full)
@@ -169,6 +171,11 @@ def test_messages_that_cannot_be_read(world):
     with pytest.raises(UserError, match="t3 has an empty plan"):
         check_messages(tasks, variant="text", actor=actor, shards=full)
     full.records["t3"]["plan"] = plan
+    layer = {"model": "tiny", "send": "layer:3"}
+    write_json(tmp_path / "latent_adapter.json", {"format_version": ADAPTER_FORMAT, "sender": layer})
+    check_sender(layer, str(tmp_path))
+    with pytest.raises(UserError, match="other send"):
+        check_sender({"model": "tiny"}, str(tmp_path))  # from before there was a choice: last
     for pairs in (["llama"], ["=full"], ["text=full"], [f"llama={full.directory}"] * 2):
         with pytest.raises(UserError, match=f"--messages takes NAME=DIR.*{pairs[-1]}"):
             named_messages(pairs)
@@ -210,6 +217,8 @@ def told(world):
         row = {"variant": variant, "actor": "a path", "shards": world["full"], "keep": keep}
         sample, told = message_sample(actor, turns, n, world["tasks"], seed, **row)
         length = told["message_length"]
+        if variant == "cross_task":
+            assert torch.equal(sample["latents"], world["full"][told["message_of"]])
         assert told["sender_ms"] == (world["full"].records[f"t{n}"]["sender_ms"] if length else 0.0)
         assert set(sample["labels"]) == {-100} and len(sample["labels"]) == len(sample["input_ids"])
         text = actor.tokenizer.decode([token for token in sample["input_ids"] if token != LATENT])
@@ -253,3 +262,37 @@ def test_cross_task_is_a_whole_message_of_another_task(world, told):
             assert len(sources) == 1 and sources[0] // 2 != n // 2  # of another text, not only of another id
             seen.add(sources[0])
     assert seen == set(range(N))
+
+
+def test_cross_task_draws_among_the_ten_nearest(tmp_path):
+    def drawn(tasks, lengths, texts):
+        latents = {task["id"]: torch.zeros(length, 8) for task, length in zip(tasks, lengths)}
+        records = {name: {"task": text, "plan": "", "plan_token_ids": []} for name, text in zip(latents, texts)}
+        shards = LatentShards(write_messages(tmp_path / str(len(os.listdir(tmp_path))), latents, records))
+        names = [other_message(tasks[0], tasks, shards, seed) for seed in range(200)]
+        assert names == [other_message(tasks[0], tasks[::-1], shards, seed) for seed in range(200)]  # in any order
+        return {int(name) for name in names}
+
+    tasks = [{"id": str(n), "task": f"task {max(n, 1)}"} for n in range(30)]  # 0 and 1 have the same task,
+    texts = [f"text {n if n != 2 else 0}" for n in range(30)]  # and the sender of 2 has read what that of 0 has
+    assert drawn(tasks, range(40, 70), texts) == set(range(3, 13))
+    assert drawn(tasks, range(40, 10, -1), texts) == set(range(3, 13))
+    assert drawn(tasks, [5] * 30, texts) == set(range(3, 30))  # equally near: not the first ten of the file
+    with pytest.raises(UserError, match="cross_task needs another task's message for id 0"):
+        drawn(tasks[:3], [5] * 3, texts)
+
+
+def test_the_unit_of_a_difference_is_the_game():
+    """Rows with a suffix are compared with what has it, or has none; runs and seeds of a game are one value."""
+    latent = [{"id": n, "success": n < 95} for n in range(140)]
+    for runs in (1, 3):  # the same run three times is no more evidence
+        by_game, error = mean_by_id(latent * runs, "success"), 1.96 * (95 / 140 * 45 / 140 / 140) ** 0.5
+        low, high = bootstrap_interval([*by_game.values()])
+        assert (low, high) == pytest.approx((95 / 140 - error, 95 / 140 + error), abs=0.01)
+    rest = {name: {n: 0.5 for n in by_game} for name in ("latent_k8", "cross_task_k8", "no_comm", "llama", "text")}
+    compared = differences({"latent": by_game} | rest)
+    assert list(compared) == ["gain", "gain_k8", "pairing_k8", "presence_k8"]  # with no cross_task: no pairing
+    assert compared["gain"] == pytest.approx([95 / 140 - 0.5, low - 0.5, high - 0.5])
+    unseen = wilson_interval(0, 140)[1]  # how often a game may be otherwise where none was
+    assert compared["pairing_k8"] == compared["gain_k8"] == pytest.approx([0, -unseen, unseen])
+    assert bootstrap_interval([1] * 20) == pytest.approx(wilson_interval(20, 20))
