@@ -15,7 +15,7 @@ Run it again after a kill: it collects only what is missing. A message depends o
 and the seed, not on the batch size, the order, the number of ranks or a restart.
 
     1. the question      what the sender reads about a task
-    2. the message       what it says: a plan and its states, or K latent steps
+    2. the message       what it says: a plan, its own or a given one, or K latent steps; what is sent of it
     3. the collection    ask a batch, keep what it says, write a shard when it is time
     4. inspect           what is in the shards
 """
@@ -27,12 +27,13 @@ import time
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from common import (STOP_EXIT, Parser, UserError, catch_stop, check_output, fingerprint, json_object, lock,
-                    one_line_errors, positive, progress, read_json, remove, seed_for, this_rank, write_json)
-from data import ANSWER_FIELDS, ID_FIELDS, PLAN_PROMPT, PRESETS, encode_prompt, load_tasks, stop_ids
+from common import (STOP_EXIT, Parser, UserError, catch_stop, check_output, fingerprint, json_object, load_object,
+                    lock, one_line_errors, positive, progress, read_json, remove, seed_for, this_rank, write_json)
+from data import (ANSWER_FIELDS, ID_FIELDS, PLAN_PROMPT, PRESETS, encode_prompt, load_tasks, naming, read_plan,
+                  stop_ids)
 from games import open_split, sender_tasks
-from hf import (DTYPES, context_length, decode, left_pad, lm_logits, load_config, load_lm, load_tokenizer, next_tokens,
-                uniform_numbers)
+from hf import (DTYPES, check_same, context_length, decode, first_line, layer_states, left_pad, lm_logits,
+                load_config, load_lm, load_tokenizer, next_tokens, uniform_numbers, word_embeddings)
 from model import (HEADER_LIMIT, SHARD_FORMAT, LatentSender, LatentShards, free_name, header_bytes, make_record,
                    open_shards, write_shard)
 
@@ -55,6 +56,7 @@ def get_args(argv):
                "train_actor.py; '': none; default: %(default)s")
         p.flag("--answer_field", ANSWER_FIELDS if response_field else "", "the bare answer, boxed in train.json "
                "where the reply has no box; '': none; default: %(default)s")
+        p.flag("--plan_field", None, "the plan, where another has written it: the sender only reads it")
         p.flag("--question_template", question, "the actor's question in train.json")
         p.flag("--split", "train", "of a directory, a hub dataset or a game")
         p.flag("--subjects", None, "only these values of the field `type` or `subject`", nargs="+")
@@ -67,6 +69,7 @@ def get_args(argv):
         p.flag("--chat_template", "auto", "auto: the tokenizer's own; none: the bare prompt", choices=["auto", "none"])
         p.flag("--chat_template_kwargs", None, "JSON for the chat template; default: "
                """'{"enable_thinking": false}'""", type=json_object)
+        p.flag("--send", "last", "last states, layer:N, expected embeddings, or what module:function makes")
         p.flag("--torch_dtype", "bf16", "of the model, and of the stored states", choices=DTYPES)
         p.flag("--trust_remote_code", False, "run code that the model ships")
         p.flag("--self_check", True, "refuse a model whose states or logits would be wrong here")
@@ -94,8 +97,8 @@ def get_args(argv):
             parser.error("--prompt_template and --question_template must contain {task}")
         if bool(args.dataset_path) == bool(args.env):
             parser.error("give either --dataset_path or --env")
-        if args.env and args.subjects:
-            parser.error("the games of --env have no --subjects")
+        if args.env and (args.subjects or args.plan_field):
+            parser.error("the games of --env have no --subjects and no --plan_field")
     return args
 
 
@@ -117,31 +120,61 @@ def sender_prompt(tokenizer, template, task, chat_template="auto"):
     return part["before"] + part["after"]
 
 
-def check_prompts(prompts, steps, context, flag):
+def check_prompts(prompts, steps, context):
     """Raises UserError for a prompt {id: ids} that leaves no space for what the sender is to say."""
     for task_id, prompt in prompts.items():
         if len(prompt) + steps > context:
-            raise UserError(f"id {task_id}: prompt of {len(prompt)} tokens + {steps} new ones exceed the "
-                            f"sender's context of {context}: shorten the task or lower {flag}")
+            raise UserError(f"id {task_id}: {len(prompt)} tokens to read + {steps} new ones exceed the sender's "
+                            f"context of {context}: shorten the task or its plan, or lower --max_new_tokens or "
+                            "--latent_steps")
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. The message
 
-def logits_processors(temperature, top_p, top_k):
-    """Transformers' own, in the order in which `generate` applies them."""
-    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k > 0:
-        processors.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        processors.append(TopPLogitsWarper(top_p))
-    return processors
+# What is sent of n states that predict n tokens: (lm, hidden_states, logits) -> (n, d). hidden_states: a tuple of
+# (n, D), as in hf.layer_states, hidden_states[-1] after the final norm; logits (n, V).
+
+def last_states(lm, hidden_states, logits):
+    return hidden_states[-1]
+
+
+def expected_embeddings(lm, hidden_states, logits):
+    """The mean of all words' embeddings, each weighted by its probability of being next."""
+    return logits.softmax(-1) @ word_embeddings(lm, most=logits.shape[1])
+
+
+def load_send(name, n_layers=2**31):
+    """--send -> (its function, whether that needs the states of all layers). Raises UserError."""
+    if name == "last":
+        return last_states, False
+    if name == "expected":
+        return expected_embeddings, False
+    kind, _, number = name.partition(":")
+    if kind != "layer" and number:
+        return load_object(name, "--send"), True
+    if kind != "layer" or not number.isdecimal() or int(number) > n_layers:
+        raise UserError(f"--send {name}: give last, expected, layer:0 to layer:{n_layers}, or module:function")
+    return lambda lm, hidden_states, logits: hidden_states[int(number)], True
+
+
+def check_send(name, lm, width=None):
+    """Raises UserError unless a function makes one row, `width` wide, of each state, whatever is beside it."""
+    try:
+        (_, one, _), (_, three, _) = read_plans(lm, [[1, 2], [1, 2, 3, 4]], [1, 3], name)
+        shape = (3, width or one.shape[1])
+        if three.shape != shape:
+            raise ValueError(f"of 3 states it makes {tuple(three.shape)}, not {shape}")
+        check_same(three[:1], one)
+    except Exception as error:  # whatever a user's function raises
+        raise UserError(f"--send {name} does not make (n, d) finite numbers of n states, a row of each one: "
+                        f"{first_line(error)}") from error
 
 
 def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False, temperature=1.0,
-                 top_p=1.0, top_k=0):
-    """Write a plan for each prompt, a list of ids -> [(plan_token_ids, states (L, D), milliseconds)],
-    states on the CPU in the model's dtype, after the final norm.
+                 top_p=1.0, top_k=0, send="last"):
+    """Write a plan for each prompt, a list of ids -> [(plan_token_ids, states (L, d), milliseconds)],
+    states on the CPU in the model's dtype: what `send` makes of them.
 
     State l is read where token l is predicted, the first one at the prompt's end, so L tokens give
     exactly L states and the end of the text gives none (the released ALFWorld collector is one off,
@@ -153,18 +186,42 @@ def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False
     """
     input_ids, attention_mask = left_pad(prompts, lm.device)  # (B, T)
     uniforms = torch.stack([uniform_numbers(seed, max_new_tokens) for seed in seeds])  # (B, steps)
-    processors = logits_processors(temperature, top_p, top_k)
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])  # in the order of `generate`
+    if top_k > 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
 
     def choose(logits, active, step):
         if step == 0:
+            logits = logits.clone()  # what is sent may be of all words
             logits[:, eos_ids] = -torch.inf  # a plan has at least one token
         if do_sample:
             return next_tokens(processors(None, logits), uniforms[active, step].to(lm.device))
         return next_tokens(logits)  # (b,)
 
-    plans = decode(lm, lm.get_input_embeddings()(input_ids), attention_mask, [max_new_tokens] * len(prompts),
-                   eos_ids, choose, keep=lambda hidden_states, logits: hidden_states)
-    return [(plan["ids"], torch.stack(plan["kept"]), plan["ms"]) for plan in plans]
+    send, all_layers = load_send(send)
+    embeds, limits = lm.get_input_embeddings()(input_ids), [max_new_tokens] * len(prompts)
+    plans = decode(lm, embeds, attention_mask, limits, eos_ids, choose,
+                   lambda hidden_states, logits: send(lm, hidden_states, logits), all_layers)
+    return [(plan["ids"], torch.stack(plan["kept"]).to(lm.dtype), plan["ms"]) for plan in plans]
+
+
+@torch.inference_mode()
+def read_plans(lm, texts, lengths, send="last"):
+    """The same of plans that are given: the last `lengths` ids of what is read, in one pass."""
+    start = time.perf_counter()
+    send, all_layers = load_send(send)
+    input_ids, attention_mask = left_pad(texts, lm.device)  # (B, T)
+    embeds = lm.get_input_embeddings()(input_ids)
+    layers = layer_states(lm, embeds, attention_mask, None, all_layers)  # of (B, T, D)
+    sent = []
+    for n, L in enumerate(lengths):
+        hidden_states = tuple(states[n, -L - 1:-1] for states in layers)  # of (L, D); the last token predicts none
+        logits = lm_logits(lm, hidden_states[-1])  # (L, V)
+        sent.append(send(lm, hidden_states, logits).to("cpu", lm.dtype))
+    ms = 1000 * (time.perf_counter() - start) / len(texts)
+    return [(text[-L:], states, ms) for text, L, states in zip(texts, lengths, sent)]
 
 
 @torch.inference_mode()
@@ -183,12 +240,14 @@ def think(sender, prompts, steps):
 def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, default_template=PLAN_PROMPT,
             chat_template="auto", chat_template_kwargs=None, torch_dtype="bf16", latent_steps=None, c=None, seed=0,
             batch_size=16, shard_size_mb=512, trust_remote_code=False, self_check=True, max_new_tokens=512,
-            do_sample=False, temperature=1.0, top_p=1.0, top_k=0, stop_signals=()):
+            do_sample=False, temperature=1.0, top_p=1.0, top_k=0, send="last", plan_field=None, stop_signals=()):
     """Have the sender say something about each task that has no message in output_dir yet.
 
-    tasks: those of this rank, [{"id", "task", "type"?, "level"?}]; the rest as the flags of the same name;
-    stop_signals: a list that a signal fills (`catch_stop`).
+    tasks: those of this rank, [{"id", "task", "type"?, "level"?}], with plan_field also "plan"; the rest as the
+    flags of the same name; stop_signals: a list that a signal fills (`catch_stop`).
     Raises UserError where output_dir holds messages of another sender or other settings."""
+    if latent_steps and (send != "last" or plan_field):
+        raise UserError("--latent_steps sends the states of its steps: leave out --send and --plan_field")
     rank, world, device = this_rank()
     done = LatentShards(output_dir)  # empty where there is no directory
 
@@ -201,13 +260,20 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     if not tokenizer.chat_template:
         chat_template = "none"  # a base model has none: it continues the bare prompt
     prompts = {task["id"]: sender_prompt(tokenizer, template, task, chat_template) for task in tasks}
-    context = context_length(load_config(model_name_or_path, trust_remote_code))
-    steps, flag = (latent_steps, "--latent_steps") if latent_steps else (max_new_tokens, "--max_new_tokens")
-    check_prompts(prompts, steps, context, flag)
+    lengths = {}  # of the plans that are given and so are read like prompts
+    for task in tasks if plan_field else []:
+        with naming(f"id {task['id']}"):
+            plan = read_plan(task, {}, tokenizer)
+        prompts[task["id"]] += plan
+        lengths[task["id"]] = len(plan)
+    config = load_config(model_name_or_path, trust_remote_code)
+    load_send(send, config.num_hidden_layers)  # an unknown one is an error now
+    steps = 0 if plan_field else latent_steps or max_new_tokens
+    check_prompts(prompts, steps, context_length(config))
 
     # ---- settings: a directory holds the messages of one sender, all made with the same ones
     decoding = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature,
-                "top_p": top_p, "top_k": top_k}
+                "top_p": top_p, "top_k": top_k, "send": send}
     some_prompt = sender_prompt(tokenizer, template, {"id": "", "task": "task"}, chat_template)
     sender = {
         "model": model_name_or_path,
@@ -218,16 +284,19 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         "chat_template_kwargs": tokenizer.chat_template_kwargs,
         "prompt_fingerprint": f"{seed_for(*some_prompt):016x}",  # an edited template or tokenizer has another
         "latent_steps": latent_steps,
+        "plan_field": plan_field,
         "teacher": bridge.get("teacher"),  # the fingerprint of the actor over which a student was trained
         "seed": seed,
         "c": c,
         **decoding,
         "format_version": SHARD_FORMAT,
     }
-    differ = [key for key in sender if len(done) and done.sender.get(key) != sender[key]]
+    before = {"send": "last"} | (done.sender or sender)  # there was a time without "send"
+    differ = [key for key in sender if before.get(key) != sender[key]]
     if differ:
         raise UserError(f"{output_dir} holds messages of another sender or other settings (different: "
                         f"{', '.join(differ)}): give a new --output_dir")
+    sender = done.sender or sender  # a directory from before goes on as it is
 
     # ---- what is left to do. Half-written shards of a killed run are one rank's to remove
     for path in glob.glob(os.path.join(glob.escape(output_dir), "latents-rank*.tmp*")):
@@ -245,6 +314,8 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     loading = (model_name_or_path, torch_dtype, device, trust_remote_code, self_check)
     model = LatentSender.load(*loading) if latent_steps else load_lm(*loading)
     eos_ids = stop_ids(tokenizer, None if latent_steps else model)
+    if send != "last":
+        check_send(send, model, sender.get("hidden_size"))
 
     # ---- ask a batch, keep what it says, write a shard when it is time
     latents, records, size, header, written = {}, {}, 0, 0, time.time()  # since the last shard
@@ -254,6 +325,8 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         batch_prompts = [prompts[task["id"]] for task in batch]
         if latent_steps:
             said = think(model, batch_prompts, latent_steps)
+        elif plan_field:
+            said = read_plans(model, batch_prompts, [lengths[task["id"]] for task in batch], send)
         else:
             seeds = [seed_for(seed, task["id"]) for task in batch]
             said = decode_plans(model, batch_prompts, seeds, eos_ids, **decoding)
@@ -263,7 +336,9 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
                                 f"--torch_dtype bf16 or fp32")
             plan = tokenizer.decode(plan_token_ids, skip_special_tokens=True)
             latents[task["id"]] = states[:c]  # (L, D), all of them where --c is not given
-            records[task["id"]] = make_record(task, plan, plan_token_ids, ms)
+            ends = [len(tokenizer.decode(plan_token_ids[:n], skip_special_tokens=True))
+                    for n in range(1, len(plan_token_ids) + 1)]  # where in the plan each token ends
+            records[task["id"]] = make_record(task, plan, plan_token_ids, ms, ends)
             size += latents[task["id"]].nbytes
             header += header_bytes(task["id"], records[task["id"]])
         bar.update(len(batch))
@@ -298,10 +373,13 @@ def inspect(directory, task_id=None, model=None, top_k=5):
     shards = open_shards(directory)
     ids = [task_id] if task_id else list(shards.records)[:10]
     shards[ids[0]]  # read it: an unknown --id is an error here
-    shortest, longest = min(shards.lengths.values()), max(shards.lengths.values())
-    print(f"{directory}: {len(shards)} messages of {shortest} to {longest} states")
+    lengths = sorted(shards.lengths.values())
+    print(f"{directory}: {len(shards)} messages of {lengths[0]} to {lengths[-1]} states")
     for key, value in shards.sender.items():
         print(f"  {key}: {value!r}")
+    if model and shards.sender.get("send", "last") != "last":
+        raise UserError(f"{directory} has no states of the last layer, which the output head would read, but --send "
+                        f"{shards.sender['send']}: leave out --model_name_or_path")
     if model:
         width = load_config(model).hidden_size
         if width != shards.hidden_size:
@@ -348,17 +426,14 @@ def main(argv=None):
     else:
         every_task = load_tasks(
             args.dataset_path, args.id_field, args.task_field, args.response_field, task_turn=args.task_turn,
-            split=args.split, subjects=args.subjects, max_samples=args.max_samples, answer_field=args.answer_field)
+            split=args.split, subjects=args.subjects, max_samples=args.max_samples, answer_field=args.answer_field,
+            plan_field=args.plan_field)
         tasks = every_task[rank::world]
 
     # ---- messages
-    collect(tasks, args.output_dir, model_name_or_path=args.model_name_or_path, prompt_template=args.prompt_template,
-            default_template=PRESETS[args.command][0], chat_template=args.chat_template,
-            chat_template_kwargs=args.chat_template_kwargs, torch_dtype=args.torch_dtype,
-            latent_steps=args.latent_steps, c=args.c, seed=args.seed, batch_size=args.batch_size,
-            shard_size_mb=args.shard_size_mb, trust_remote_code=args.trust_remote_code, self_check=args.self_check,
-            max_new_tokens=args.max_new_tokens, do_sample=args.do_sample, temperature=args.temperature,
-            top_p=args.top_p, top_k=args.top_k, stop_signals=catch_stop())
+    flags = {name: value for name, value in vars(args).items() if name in collect.__kwdefaults__}
+    collect(tasks, args.output_dir, model_name_or_path=args.model_name_or_path,
+            default_template=PRESETS[args.command][0], stop_signals=catch_stop(), **flags)
     remove(asked_path)  # the shards hold what was in it
     if rank == 0:
         if args.dataset_path and every_task[0]["reply"] is not None:

@@ -140,8 +140,9 @@ def word_embeddings(lm, most=4096):
     """What the embedding module, not its table (Gemma's scales it), gives for some words, (n, D) fp32."""
     module = lm.get_input_embeddings()
     V = module.weight.shape[0]
+    ids = torch.arange(0, V, max(1, V // most), device=lm.device)
     with torch.no_grad():
-        return module(torch.arange(0, V, max(1, V // most), device=lm.device)[None])[0].float()
+        return module(ids[None])[0].float()
 
 
 def embedding_rms(lm):
@@ -150,7 +151,7 @@ def embedding_rms(lm):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Run: every script runs a model by decoder_states and lm_logits
+# 2. Run: every script runs a model by decoder_states (or layer_states) and lm_logits
 
 def decoder_of(lm):
     """What stands between input embeddings and head: get_decoder(), or in it where that is all (Llama-4's text)."""
@@ -189,11 +190,21 @@ def decoder_states(lm, inputs_embeds, attention_mask, cache=None):
     """Last hidden states (B, T, D), after the final norm, at T new positions. attention_mask (B, past + T) covers
     what is cached as well: with T columns the new positions would not see the prompt (a defect of the released
     collector). Position ids skip what is masked: mask 0 0 1 1 1 -> ids 0 0 0 1 2."""
+    return layer_states(lm, inputs_embeds, attention_mask, cache, all_layers=False)[-1]
+
+
+def layer_states(lm, inputs_embeds, attention_mask, cache=None, all_layers=True):
+    """The same of all layers as transformers counts them, 0 the embeddings -> a tuple of (B, T, D), which without
+    all_layers holds the last ones alone. Raises UserError for a family that keeps its layers' states to itself."""
     T = inputs_embeds.shape[1]
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]  # (B, T)
-    output = decoder_of(lm)(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
-                            position_ids=position_ids, cache=cache, use_cache=cache is not None)
-    return output.last_hidden_state
+    output = decoder_of(lm)(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                            cache=cache, use_cache=cache is not None, output_hidden_states=all_layers)
+    if not all_layers:
+        return (output.last_hidden_state,)
+    if not output.hidden_states:
+        raise UserError(f"{type(lm).__name__} does not give the states of its layers, only the last ones")
+    return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
 class GivenStates(BaseModelOutputWithPast):
@@ -323,12 +334,13 @@ def uniform_numbers(seed, steps):
 
 
 @torch.inference_mode()
-def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None):
+def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None, all_layers=False):
     """Write on from B prompts, padded on the left -> [{"ids", "kept", "ms", "cut"}], one for each.
     inputs_embeds (B, T, D), attention_mask (B, T). limits: most new tokens of each prompt; one that reaches
     its own is "cut". stops: ids that end a text and are no part of it. choose(logits (b, V), active, step)
-    -> next ids (b,), where `active` are the b of B prompts still at it; keep(hidden_states (b, D), logits)
-    -> (b, d): what is kept, on the CPU, of the state that predicts each token. Prompt [a b c], text [y1 y2]:
+    -> next ids (b,), where `active` are the b of B prompts still at it; keep(hidden_states, logits) -> (b, d):
+    what is kept, on the CPU, of the state that predicts each token. hidden_states: a tuple of (b, D), as in
+    `layer_states`. Prompt [a b c], text [y1 y2]:
 
         read       a   b   c   y1  y2
         state              h1  h2  h3
@@ -338,8 +350,9 @@ def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None):
     cache = new_cache(lm)
     for step in range(max(limits)):
         start = time.perf_counter()
-        hidden_states = decoder_states(lm, inputs_embeds, attention_mask, cache)[:, -1]  # (b, D)
-        logits = lm_logits(lm, hidden_states)  # (b, V)
+        layers = layer_states(lm, inputs_embeds, attention_mask, cache, all_layers)
+        hidden_states = tuple(states[:, -1] for states in layers)  # of (b, D)
+        logits = lm_logits(lm, hidden_states[-1])  # (b, V)
         next_ids = choose(logits, active, step)  # (b,)
         kept = keep(hidden_states, logits).cpu() if keep else None
         written = next_ids.tolist()  # now the GPU is done
