@@ -32,7 +32,7 @@ from common import (STOP_EXIT, Parser, UserError, catch_stop, check_output, fing
 from data import (ANSWER_FIELDS, ID_FIELDS, PLAN_PROMPT, PRESETS, encode_prompt, load_tasks, naming, read_plan,
                   stop_ids)
 from games import open_split, sender_tasks
-from hf import (DTYPES, check_same, context_length, decode, first_line, layer_states, left_pad, lm_logits,
+from hf import (DTYPES, context_length, decode, layer_states, left_pad, lm_logits,
                 load_config, load_lm, load_tokenizer, next_tokens, uniform_numbers, word_embeddings)
 from model import (HEADER_LIMIT, SHARD_FORMAT, LatentSender, LatentShards, free_name, header_bytes, make_record,
                    open_shards, write_shard)
@@ -102,8 +102,7 @@ def get_args(argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. The question
+# ---- 1. The question -----------------------------------------------------------------------------
 
 def read_bridge(model):
     """What compress.py notes about a student, who is asked as in its training. {} for any other model."""
@@ -129,11 +128,11 @@ def check_prompts(prompts, steps, context):
                             "--latent_steps")
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. The message
+# ---- 2. The message ------------------------------------------------------------------------------
 
-# What is sent of n states that predict n tokens: (lm, hidden_states, logits) -> (n, d). hidden_states: a tuple of
-# (n, D), as in hf.layer_states, hidden_states[-1] after the final norm; logits (n, V).
+# What is sent of n states that predict n tokens: (lm, hidden_states, logits) -> (n, d), each row of its own state:
+# in a batch the others are of other plans. hidden_states: a tuple of (n, D), as in hf.layer_states, the last one
+# after the final norm; logits (n, V).
 
 def last_states(lm, hidden_states, logits):
     return hidden_states[-1]
@@ -156,19 +155,6 @@ def load_send(name, n_layers=2**31):
     if kind != "layer" or not number.isdecimal() or int(number) > n_layers:
         raise UserError(f"--send {name}: give last, expected, layer:0 to layer:{n_layers}, or module:function")
     return lambda lm, hidden_states, logits: hidden_states[int(number)], True
-
-
-def check_send(name, lm, width=None):
-    """Raises UserError unless a function makes one row, `width` wide, of each state, whatever is beside it."""
-    try:
-        (_, one, _), (_, three, _) = read_plans(lm, [[1, 2], [1, 2, 3, 4]], [1, 3], name)
-        shape = (3, width or one.shape[1])
-        if three.shape != shape:
-            raise ValueError(f"of 3 states it makes {tuple(three.shape)}, not {shape}")
-        check_same(three[:1], one)
-    except Exception as error:  # whatever a user's function raises
-        raise UserError(f"--send {name} does not make (n, d) finite numbers of n states, a row of each one: "
-                        f"{first_line(error)}") from error
 
 
 def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False, temperature=1.0,
@@ -234,8 +220,7 @@ def think(sender, prompts, steps):
     return [([], states.clone(), ms) for states in latents]
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. The collection
+# ---- 3. The collection ---------------------------------------------------------------------------
 
 def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, default_template=PLAN_PROMPT,
             chat_template="auto", chat_template_kwargs=None, torch_dtype="bf16", latent_steps=None, c=None, seed=0,
@@ -291,12 +276,10 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         **decoding,
         "format_version": SHARD_FORMAT,
     }
-    before = {"send": "last"} | (done.sender or sender)  # there was a time without "send"
-    differ = [key for key in sender if before.get(key) != sender[key]]
+    differ = [key for key in sender if len(done) and done.sender.get(key) != sender[key]]
     if differ:
         raise UserError(f"{output_dir} holds messages of another sender or other settings (different: "
                         f"{', '.join(differ)}): give a new --output_dir")
-    sender = done.sender or sender  # a directory from before goes on as it is
 
     # ---- what is left to do. Half-written shards of a killed run are one rank's to remove
     for path in glob.glob(os.path.join(glob.escape(output_dir), "latents-rank*.tmp*")):
@@ -314,8 +297,6 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     loading = (model_name_or_path, torch_dtype, device, trust_remote_code, self_check)
     model = LatentSender.load(*loading) if latent_steps else load_lm(*loading)
     eos_ids = stop_ids(tokenizer, None if latent_steps else model)
-    if send != "last":
-        check_send(send, model, sender.get("hidden_size"))
 
     # ---- ask a batch, keep what it says, write a shard when it is time
     latents, records, size, header, written = {}, {}, 0, 0, time.time()  # since the last shard
@@ -365,8 +346,7 @@ def write_train_file(path, tasks, question_template):
     write_json(path, records)
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Inspect
+# ---- 4. Inspect ----------------------------------------------------------------------------------
 
 def inspect(directory, task_id=None, model=None, top_k=5):
     """Print what a directory of messages holds; with the sender's path, what each state says."""

@@ -30,8 +30,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------
-# 1. Errors and flags
+# ---- 1. Errors and flags -------------------------------------------------------------------------
 
 STOP_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 LOCKS = {}  # {folder: its descriptor}, until main ends
@@ -76,9 +75,9 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"expected true or false, found {text}")
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text}")
+def positive(text, least=1):
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text}")
     return int(text)
 
 
@@ -139,8 +138,7 @@ def catch_stop():
     return asked
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Files
+# ---- 2. Files ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -270,8 +268,7 @@ def lock(directory):
         raise UserError(f"another run is writing to {directory}: wait for it, or give another folder") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Processes and numbers
+# ---- 3. Processes and numbers --------------------------------------------------------------------
 
 def this_rank():
     """(rank, world size, device) of this process: torchrun's, or (0, 1, ...) without it."""
@@ -317,8 +314,48 @@ def wilson_interval(successes, n, z=1.96):
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is inside, whatever rounding says
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. A training run
+# ---- 4. A training run ---------------------------------------------------------------------------
+
+NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
+# flags that may change between a run and its continuation: they move memory and files, not results
+NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
+                "per_device_eval_batch_size", "logging_steps", "save_total_limit", "gradient_checkpointing",
+                "compile", "trust_remote_code", "self_check"]
+
+
+def add_training_flags(parser, learning_rate):
+    """The flags that both trainers have."""
+    flag = parser.flag
+    parser.group("data")
+    flag("--train_file", ..., ".json or .jsonl of conversations")
+    flag("--task_turn", 0, "fold turns 0 and N into the first human turn (ETO: 2)")
+    flag("--eval_file", None, "held-out samples, same format")
+    flag("--eval_ratio", 0.0, "hold out this share of --train_file, chosen by id")
+    flag("--model_max_length", 4096, "a longer sample is an error")
+    flag("--prepended_length", 2048, "a longer message is an error")
+    parser.group("optimization")
+    flag("--learning_rate", learning_rate, "peak, then cosine to 0")
+    flag("--warmup_ratio", 0.03, "share of the steps that warm up linearly")
+    flag("--adam_beta2", 0.999, "AdamW's memory of squares; short runs: 0.95")
+    flag("--weight_decay", 0.0, "AdamW, on matrices only")
+    flag("--max_grad_norm", 1.0, "clip the gradient's norm")
+    flag("--global_batch_size", 16, "samples per optimizer step, over all ranks")
+    flag("--per_device_train_batch_size", 4, "samples per pass: memory only")
+    flag("--per_device_eval_batch_size", 8, "samples per evaluation pass")
+    flag("--bf16", "auto", "bf16 autocast over fp32 parameters; auto: on CUDA", choices=["auto", "true", "false"])
+    flag("--gradient_checkpointing", False, "recompute the actor's activations: less memory")
+    flag("--fsdp", False, "shard parameters, gradients and Adam over the ranks")
+    flag("--compile", False, "torch.compile the actor's layers")
+    flag("--seed", 0, "of all that is drawn")
+    parser.group("output")
+    flag("--output_dir", ..., "for the model, its checkpoints and its log; one that exists is continued")
+    flag("--logging_steps", 1, "a log line every N steps (the csv has them all)")
+    flag("--eval_steps", 500, "evaluate every N steps, and at the end")
+    flag("--save_steps", 500, "checkpoint every N steps, and at the end")
+    flag("--save_total_limit", 2, "checkpoints to keep, besides the best")
+    flag("--early_stopping_patience", 0, "stop after N evaluations without a new best")
+    flag("--resume", "auto", "auto: from the last checkpoint; never", choices=["auto", "never"])
+
 
 def read_rows(path):
     with open(path) as file:
@@ -435,8 +472,32 @@ class Run:
         return source
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Pictures
+def check_finite(step, loss, grad_norm, ids):
+    if not math.isfinite(loss + grad_norm):
+        raise UserError(f"step {step}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Lower "
+                        f"--learning_rate, or look at the messages of the samples {', '.join(ids)}")
+
+
+@torch.no_grad()
+def evaluate(model, summed_loss, data, indices, batch_size, device, rank, world):
+    """Mean CE over the supervised tokens of held-out samples. summed_loss(indices) -> their summed CE. Every rank
+    makes the same number of passes, because FSDP2 needs all ranks in each."""
+    was_training = model.training
+    model.eval()
+    sums = {"loss": 0.0, "tokens": 0.0}
+    order = sorted(indices, key=lambda n: data.lengths[n])
+    for i in range(0, len(order), batch_size * world):
+        part = order[i + rank:i + batch_size * world:world]
+        loss = summed_loss(part or order[:1])  # a rank without samples repeats one: all ranks make each pass
+        if part:
+            sums["loss"] += loss.item()
+            sums["tokens"] += sum(data.n_labels[n] for n in part)
+    model.train(was_training)
+    sums = all_reduce_sum(sums, device)
+    return sums["loss"] / sums["tokens"]
+
+
+# ---- 5. Pictures ---------------------------------------------------------------------------------
 
 def save_figure(figure, path):
     """Write a matplotlib figure as PNG, atomically."""

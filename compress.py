@@ -29,18 +29,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (STOP_EXIT, Parser, Run, UserError, all_reduce_sum, catch_stop, check_output, fingerprint,
+from common import (NOT_SETTINGS, NOT_SHOWN, STOP_EXIT, Parser, Run, UserError, add_training_flags,
+                    all_reduce_sum, catch_stop, check_finite, check_output, evaluate, fingerprint,
                     json_object, lock, memory_gb, one_line_errors, positive, progress, this_rank, write_json)
 from data import PLAN_PROMPT, encode_conversation, encode_prompt, global_batch, show_sample, train_and_eval
 from hf import context_length, decoder_layers, left_pad, load_config, load_tokenizer
 from model import LatentActor, LatentSender, build_sample, collate, compression_terms, open_shards, read_info
 
-NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
 INPUTS = ["train_file", "eval_file", "hidden_data", "teacher_model_name_or_path"]  # their contents are settings, too
-# flags that may change between a run and its continuation: they move memory and files, not results
-NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
-                "per_device_eval_batch_size", "logging_steps", "save_total_limit", "gradient_checkpointing",
-                "compile", "trust_remote_code", "self_check"]
 
 
 def get_args(argv):
@@ -49,6 +45,7 @@ def get_args(argv):
     parser.group("model")
     flag("--teacher_model_name_or_path", ..., "an actor directory; it stays frozen")
     flag("--student_model_name_or_path", ..., "the sender to start from: any causal LM")
+    flag("--hidden_data", ..., "full messages of the sender that the actor was trained on")
     flag("--K", 128, "latent steps")
     flag("--prompt_template", None, "what the student is asked; {task} is replaced; default: what the sender of "
          "--hidden_data was")
@@ -56,44 +53,16 @@ def get_args(argv):
          "--hidden_data; kept with the student", type=json_object)
     flag("--trust_remote_code", False, "run code that the model ships")
     flag("--self_check", True, "try at the start whether the model can be used")
-    parser.group("data")
-    flag("--train_file", ..., ".json or .jsonl of conversations")
-    flag("--hidden_data", ..., "full messages of the sender that the actor was trained on")
-    flag("--task_turn", 0, "fold turns 0 and N into the first human turn (ETO: 2)")
-    flag("--eval_file", None, "held-out samples, same format")
-    flag("--eval_ratio", 0.0, "hold out this share of --train_file, chosen by id")
-    flag("--model_max_length", 4096, "a longer sample is an error")
-    flag("--prepended_length", 2048, "a longer message is an error")
     parser.group("loss")
     flag("--lambda_task", 1.0, "weight of CE(A) (paper and released code: 1)")
     flag("--lambda_kl", 1.0, "weight of the KL term (paper 1, released code 0.1)")
     flag("--lambda_align", 1.0, "weight of alignment (paper 1, released code 0.1)")
     flag("--kl_temperature", 4.0, "T of the KL term")
-    parser.group("optimization")
+    parser.group("length")
     flag("--num_train_epochs", 3.0, "passes over the data")
     flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the schedule "
          "is then that of the new length", type=positive)
-    flag("--learning_rate", 5e-5, "peak, then cosine to 0")
-    flag("--warmup_ratio", 0.03, "share of the steps that warm up linearly")
-    flag("--adam_beta2", 0.999, "AdamW's memory of squares; short runs: 0.95")
-    flag("--weight_decay", 0.0, "AdamW, on matrices only")
-    flag("--max_grad_norm", 1.0, "clip the gradient's norm")
-    flag("--global_batch_size", 16, "samples per optimizer step, over all ranks")
-    flag("--per_device_train_batch_size", 4, "samples per pass: memory only")
-    flag("--per_device_eval_batch_size", 8, "samples per evaluation pass")
-    flag("--bf16", "auto", "bf16 autocast over fp32 parameters; auto: on CUDA", choices=["auto", "true", "false"])
-    flag("--gradient_checkpointing", False, "recompute the actor's activations: less memory")
-    flag("--fsdp", False, "shard parameters, gradients and Adam over the ranks")
-    flag("--compile", False, "torch.compile the actor's layers")
-    flag("--seed", 0, "of all that is drawn")
-    parser.group("output")
-    flag("--output_dir", ..., "for the model, its checkpoints and its log; one that exists is continued")
-    flag("--logging_steps", 1, "a log line every N steps (the csv has them all)")
-    flag("--eval_steps", 500, "evaluate every N steps, and at the end")
-    flag("--save_steps", 500, "checkpoint every N steps, and at the end")
-    flag("--save_total_limit", 2, "checkpoints to keep, besides the best")
-    flag("--early_stopping_patience", 0, "stop after N evaluations without a new best")
-    flag("--resume", "auto", "auto: from the last checkpoint; never", choices=["auto", "never"])
+    add_training_flags(parser, learning_rate=5e-5)
     return parser.parse_args(argv)
 
 
@@ -104,12 +73,6 @@ def check_args(args, world):
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node N")
     if "{task}" not in (args.prompt_template or "{task}"):
         raise UserError("--prompt_template must contain {task}")
-
-
-def check_finite(step, loss, grad_norm, ids):
-    if not math.isfinite(loss + grad_norm):
-        raise UserError(f"step {step}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Lower "
-                        f"--learning_rate, or look at the messages of the samples {', '.join(ids)}")
 
 
 def check_teacher(path, info, widths):
@@ -123,8 +86,7 @@ def check_teacher(path, info, widths):
                             f"sender (or its size) that the actor was trained on")
 
 
-# ------------------------------------------------------------------------------------------------
-# Data: the actor's samples are those of train_actor.py; the student reads the task in its own words
+# ---- Data: the actor's samples are those of train_actor.py; the student reads the task in its own words ----
 
 def student_prompts(data, tokenizer, template, steps, max_length, max_actor_length):
     """Ids of the student's prompt for every sample: the text that the data's sender was asked, by the
@@ -161,8 +123,7 @@ def read_three_ways(data, silent, chosen, latents):
             collate([build_sample(*silent[n]) for n in chosen], device))
 
 
-# ------------------------------------------------------------------------------------------------
-# Models and schedule
+# ---- Models and schedule -------------------------------------------------------------------------
 
 def load_teacher(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True,
                  gradient_checkpointing=False):
@@ -184,27 +145,6 @@ def lr_scale(step, max_steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation; every rank makes the same number of passes, because FSDP2 needs all ranks in each
-
-@torch.no_grad()
-def evaluate(model, summed_loss, data, indices, batch_size, device, rank, world):
-    """Mean CE over the supervised tokens of held-out samples. summed_loss(indices) -> their summed CE."""
-    was_training = model.training
-    model.eval()
-    sums = {"loss": 0.0, "tokens": 0.0}
-    order = sorted(indices, key=lambda n: data.lengths[n])
-    for i in range(0, len(order), batch_size * world):
-        part = order[i + rank:i + batch_size * world:world]
-        loss = summed_loss(part or order[:1])  # a rank without samples repeats one: all ranks make each pass
-        if part:
-            sums["loss"] += loss.item()
-            sums["tokens"] += sum(data.n_labels[n] for n in part)
-    model.train(was_training)
-    sums = all_reduce_sum(sums, device)
-    return sums["loss"] / sums["tokens"]
-
-
 @one_line_errors("compress.py")
 def main(argv=None):
     args = get_args(argv)
@@ -217,8 +157,7 @@ def main(argv=None):
     run = Run(args.output_dir, settings, args.resume, rank)
     state, source = run.state, run.checkpoint or args.student_model_name_or_path
 
-    # --------------------------------------------------------------------------------------------
-    # data, all checked before a model is loaded
+    # ---- data, all checked before a model is loaded ----------------------------------------------
     config = load_config(source, args.trust_remote_code)
     teacher_path, shards = args.teacher_model_name_or_path, open_shards(args.hidden_data)
     info, teacher_config = read_info(teacher_path), load_config(teacher_path, args.trust_remote_code)
@@ -250,8 +189,7 @@ def main(argv=None):
     if rank == 0:
         lock(args.output_dir)
 
-    # --------------------------------------------------------------------------------------------
-    # model: what learns has fp32 parameters, because a step of 1e-5 is lost in bf16 ones
+    # ---- model: what learns has fp32 parameters, because a step of 1e-5 is lost in bf16 ones -----
     device_type = device.split(":")[0]
     cuda = device_type == "cuda"
     bf16 = cuda if args.bf16 == "auto" else args.bf16 == "true"
@@ -270,8 +208,7 @@ def main(argv=None):
             layer.compile(dynamic=True)
     learner, layers = student, decoder_layers(student.lm) if args.fsdp else []
 
-    # --------------------------------------------------------------------------------------------
-    # ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
+    # ---- ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
     # gradients and Adam's moments, and gathers one decoder layer at a time; all else forms one more unit
     if cuda:
         torch.cuda.set_device(device)
@@ -300,8 +237,7 @@ def main(argv=None):
     if run.checkpoint:
         run.load_optimizer(learner, optimizer)
 
-    # --------------------------------------------------------------------------------------------
-    # loop
+    # ---- loop ------------------------------------------------------------------------------------
     run.clear()
     if rank == 0:
         print(f"{len(train_indices)} training samples, {len(eval_indices)} held out, "
@@ -405,8 +341,7 @@ def main(argv=None):
                 raise SystemExit(STOP_EXIT)
     bar.close()
 
-    # --------------------------------------------------------------------------------------------
-    # files: the output directory itself becomes the best model, or the last where nothing was held out
+    # ---- files: the output directory itself becomes the best model, or the last where nothing was held out ----
     if rank == 0:
         best = run.publish(["loss", *weights, "eval_loss"], "loss")
         print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")

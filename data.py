@@ -25,8 +25,7 @@ from common import UserError, is_text, progress, read_json, seed_for, this_rank
 from hf import first_line
 from model import BOP, EOP, LATENT, build_sample
 
-# ------------------------------------------------------------------------------------------------
-# 1. Prompts
+# ---- 1. Prompts ----------------------------------------------------------------------------------
 
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
@@ -355,8 +354,7 @@ def plan_ids_for(tokenizer, plan, plan_token_ids):
     return text_ids(tokenizer, plan)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Tasks
+# ---- 2. Tasks ------------------------------------------------------------------------------------
 
 def optional(name):
     """Import a library that only other people's files need. Raises UserError with the pip command."""
@@ -522,8 +520,7 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
         return (of_subjects(tasks, subjects) if subjects else tasks)[:max_samples]
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Training samples
+# ---- 3. Training samples -------------------------------------------------------------------------
 
 class Conversations:
     """The samples of a file, encoded and checked, in lists by position; latents are read when a batch needs

@@ -69,8 +69,7 @@ def get_args(argv):
     return args
 
 
-# -----------------------------------------------------------------------------------------------------
-# 1. Decoding: many conversations, one growing cache
+# ---- 1. Decoding: many conversations, one growing cache ------------------------------------------
 
 class CachedChat:
     """B conversations over one cache that only grows: a turn reads its new tokens, never the history again.
@@ -134,8 +133,7 @@ class CachedChat:
         self.mask = self.mask[index]
 
 
-# -----------------------------------------------------------------------------------------------------
-# 2. Playing
+# ---- 2. Playing ----------------------------------------------------------------------------------
 
 def new_record(job, task, split, seed):
     """What is kept of an episode, before its first turn."""
@@ -266,8 +264,7 @@ def check_context(chat, mask, records, max_new_tokens):
                         "use an actor with a longer context (finished episodes are kept)")
 
 
-# -----------------------------------------------------------------------------------------------------
-# 3. Results. The unit is the game: its runs are averaged before anything else is.
+# ---- 3. Results. The unit is the game: its runs are averaged before anything else is. ------------
 
 MEANS = ["success", "steps", "invalid", "tokens", "message_length", "sender_ms", "actor_ms", "env_ms"]
 TABLE = {  # heading: figure and format

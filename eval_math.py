@@ -66,7 +66,6 @@ def get_args(argv):
     parser.group("grading and output")
     flag("--grader", "hendrycks", "hendrycks: MATH's published rules; math_verify: a library that forgives more; "
          "module:function: yours, it gets the answer or None, the reference and, with a third argument, the reply")
-    flag("--answer_phrase", False, "where a reply has no box, take what follows 'the final answer is'")
     flag("--output_dir", ..., "a directory; one that exists is continued")
     args = parser.parse_args(argv)
     if args.temperature < 0 or args.temperature == 0 and args.samples_per_question > 1:
@@ -77,8 +76,7 @@ def get_args(argv):
     return args
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Answers
+# ---- 1. Answers ----------------------------------------------------------------------------------
 
 def read_problems(path, split="test", subjects=None, max_samples=None, **fields):
     """What `load_tasks` gives, with what an evaluation needs -> [{"id", "task", "reference", "level",
@@ -116,7 +114,7 @@ def chooser(jobs, tasks, temperature, seed, max_length):
 
 @torch.inference_mode()
 def answer_jobs(actor, jobs, tasks, rows, grader, *, question_template=MATH_QUESTION, max_length=2048,
-                temperature=0.0, seed=0, answer_phrase=False):
+                temperature=0.0, seed=0):
     """Answer a batch of jobs -> [{"variant", "id", "sample", ...}], lines of detailed_results.jsonl.
 
     tasks: what `read_problems` gives; rows: what `table_rows` gives. An answer that reaches max_length or the end
@@ -144,15 +142,14 @@ def answer_jobs(actor, jobs, tasks, rows, grader, *, question_template=MATH_QUES
                      chooser(jobs, tasks, temperature, seed, max_length))
     for answer, reply in zip(answers, replies):
         answer["model_output"] = final_reply(tokenizer, reply["ids"])
-        answer["extracted_answer"] = extract_answer(answer["model_output"], answer_phrase)
+        answer["extracted_answer"] = extract_answer(answer["model_output"])
         answer["correct"] = grade(grader, answer)
         answer["cut"], answer["tokens"], answer["actor_ms"] = reply["cut"], len(reply["ids"]), reply["ms"]
         answer["timestamp"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return answers
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Results
+# ---- 2. Results ----------------------------------------------------------------------------------
 
 def json_lines(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -231,8 +228,7 @@ TABLE = {  # heading: figure and format
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Graders: correct(answer or None, reference) -> bool
+# ---- 3. Graders: correct(answer or None, reference) -> bool --------------------------------------
 
 # MATH's published rules (math_equivalence.py of hendrycks/math): two answers are the same if these steps,
 # in this order, spell them the same. No arithmetic, no order, no 1,000 for 1000. Quirks are theirs:
@@ -322,14 +318,12 @@ def box(text):
     return ""
 
 
-def extract_answer(text, phrase=False):
-    r"""The answer in a reply: the last \boxed{} or \fbox{}, or what follows the last "####" (GSM8K), or with phrase
-    "the final answer is". None if there is none, an empty one, or one that never closes."""
+def extract_answer(text):
+    r"""The answer in a reply: the last \boxed{} or \fbox{}, or what follows the last "####" (GSM8K). None if
+    there is none, an empty one, or one that never closes."""
     text = text or ""
     boxes = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text)]
     lines = re.findall(r"####[ \t]*(.+)", text)
-    if phrase and not lines:
-        lines = re.findall(r"(?i)the final answer is:?\s*(.+?)(?:\.\s|\.?\s*$)", text, re.M)
     answer = box(text[boxes[-1]:]) if boxes else lines[-1] if lines else ""
     return answer.strip() or None
 
@@ -387,8 +381,7 @@ def main(argv=None):
                 try:
                     answers = answer_jobs(
                         actor, batch, tasks, rows, grader, question_template=args.question_template,
-                        max_length=args.max_length, temperature=args.temperature, seed=args.seed,
-                        answer_phrase=args.answer_phrase)
+                        max_length=args.max_length, temperature=args.temperature, seed=args.seed)
                 except (RuntimeError, MemoryError) as error:
                     if not re.search("MemoryError|out of memory|alloc", repr(error), re.I):
                         raise

@@ -27,8 +27,7 @@ from concurrent import futures
 
 from common import UserError, load_object, progress, read_json, seed_for, write_json
 
-# -----------------------------------------------------------------------------------------------------
-# 1. The game
+# ---- 1. The game ---------------------------------------------------------------------------------
 
 # The facts and the list of actions of the instruction that opens ETO's training conversations, in our words.
 INSTRUCTION = """You are an agent in a household and have one task to carry out there. The room and the \
@@ -192,8 +191,7 @@ def open_split(spec, split):
     return game, tasks
 
 
-# -----------------------------------------------------------------------------------------------------
-# 2. Many games at once
+# ---- 2. Many games at once -----------------------------------------------------------------------
 
 class Crash(str):
     """Why a game could not go on; stands where its answer would."""

@@ -22,8 +22,7 @@ from transformers.utils import cached_file, logging as hf_logging
 
 from common import UserError
 
-# ------------------------------------------------------------------------------------------------
-# 1. Load
+# ---- 1. Load -------------------------------------------------------------------------------------
 
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -150,8 +149,7 @@ def embedding_rms(lm):
     return word_embeddings(lm).square().mean().sqrt().item()
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Run: every script runs a model by decoder_states (or layer_states) and lm_logits
+# ---- 2. Run: every script runs a model by decoder_states (or layer_states) and lm_logits ---------
 
 def decoder_of(lm):
     """What stands between input embeddings and head: get_decoder(), or in it where that is all (Llama-4's text)."""
@@ -226,8 +224,7 @@ def lm_logits(lm, hidden_states):
     return logits[0].unflatten(0, hidden_states.shape[:-1]).float()
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Check
+# ---- 3. Check ------------------------------------------------------------------------------------
 
 def check_same(states, expected):
     """Raises ValueError unless both (1, T, D) are the same but for rounding, which in bf16 makes 1 or 2 % of a
@@ -308,8 +305,7 @@ def holes_allowed(lm):
     return True
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Decode
+# ---- 4. Decode -----------------------------------------------------------------------------------
 
 def left_pad(prompts, device="cpu"):
     """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""

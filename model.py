@@ -37,8 +37,7 @@ ADAPTER_FORMAT = 3  # of latent_adapter.json
 SHARD_FORMAT = 1  # of the shards
 HEADER_LIMIT = 2**26  # bytes of a shard's header: above 100 MB no library opens it
 
-# ------------------------------------------------------------------------------------------------
-# 1. Adapter: sender states -> actor embeddings
+# ---- 1. Adapter: sender states -> actor embeddings -----------------------------------------------
 
 
 class AdaptiveProjection(nn.Module):
@@ -100,8 +99,7 @@ class LinearMap(nn.Module):
         return hidden_states @ self.weight
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Insertion: ids and latents of some samples -> one batch
+# ---- 2. Insertion: ids and latents of some samples -> one batch ----------------------------------
 
 def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
     """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of
@@ -169,8 +167,7 @@ def collate(samples, device="cpu", padding_side="right"):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Losses, per supervised position, in nats
+# ---- 3. Losses, per supervised position, in nats -------------------------------------------------
 
 def supervised(hidden_states, labels):
     """The states that predict a label: token t is predicted from position t - 1, in CE and in the
@@ -251,8 +248,7 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     return totals
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Actor: LM + adapter
+# ---- 4. Actor: LM + adapter ----------------------------------------------------------------------
 
 class LatentActor(nn.Module):
     """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message
@@ -406,8 +402,7 @@ def procrustes(states, targets):
     return scale * rotation
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Latent sender (paper, section on compression)
+# ---- 5. Latent sender (paper, section on compression) --------------------------------------------
 
 class LatentSender(nn.Module):
     """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned
@@ -519,8 +514,7 @@ def compression_terms(actor, batch, data_batch, silent_batch, temperature):
     return {**terms, "align": (1 - cosine).sum()}
 
 
-# ------------------------------------------------------------------------------------------------
-# 6. Messages on disk
+# ---- 6. Messages on disk -------------------------------------------------------------------------
 
 def make_record(task, plan="", plan_token_ids=(), ms=0.0, token_ends=()):
     """What a shard keeps of a message beside its states. token_ends: where in the plan's text each of its

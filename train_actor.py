@@ -22,7 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (STOP_EXIT, Parser, Run, UserError, all_reduce_sum, catch_stop, check_output, fingerprint,
+from common import (NOT_SETTINGS, NOT_SHOWN, STOP_EXIT, Parser, Run, UserError, add_training_flags,
+                    all_reduce_sum, catch_stop, check_finite, check_output, evaluate, fingerprint,
                     json_object, lock, memory_gb, one_line_errors, positive, progress, seed_for, this_rank)
 from data import PLAN_ANNOUNCEMENT, another_task, global_batch, show_sample, train_and_eval
 from hf import (context_length, decoder_layers, embedding_rms, load_config, load_lm, load_tokenizer,
@@ -30,12 +31,7 @@ from hf import (context_length, decoder_layers, embedding_rms, load_config, load
 from model import (ADAPTER_FORMAT, LatentActor, add_markers, collate, init_markers, make_adapter, nearness,
                    open_shards, procrustes, warmup_loss, word_targets)
 
-NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
 INPUTS = ["train_file", "eval_file", "hidden_data"]  # a run is not continued with other contents of these
-# flags that may change between a run and its continuation: they move memory and files, not results
-NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
-                "per_device_eval_batch_size", "logging_steps", "save_total_limit", "gradient_checkpointing",
-                "compile", "trust_remote_code", "self_check"]
 CLOSED_FORM = ("none", "procrustes")  # adapters that are not trained
 
 
@@ -46,6 +42,7 @@ def get_args(argv):
     flag("--model_name_or_path", ..., "any causal LM with a chat template")
     flag("--message", "latent", "what stands between <bop> and <eop>; text and none are the baselines CoT (full) "
          "and No-CoT", choices=["latent", "text", "none"])
+    flag("--hidden_data", None, "--output_dir of collect.py: messages and plans by id")
     flag("--plan_announcement", PLAN_ANNOUNCEMENT, "stands before <bop>; kept with the actor")
     flag("--adapter", "model:HiddenStateProcessor", "module:Class, kept with the actor; or, not trained, none: states "
          "as they are, procrustes: rotated and scaled towards the actor's words")
@@ -54,18 +51,11 @@ def get_args(argv):
     flag("--adapter_scale", 0.2, "start of the learned input scale s")
     flag("--adapter_output_scale", None, "start of the learned output scale g; default: RMS of the actor's word "
          "embeddings / s", type=float)
+    flag("--adapter_learning_rate", None, "peak for the adapter; default: --learning_rate", type=float)
     flag("--chat_template_kwargs", None, """JSON for the chat template; default: {"enable_thinking": false}; """
          "kept with the actor", type=json_object)
     flag("--trust_remote_code", False, "run code that the model ships")
     flag("--self_check", True, "try at the start whether the model can be used")
-    parser.group("data")
-    flag("--train_file", ..., ".json or .jsonl of conversations")
-    flag("--hidden_data", None, "--output_dir of collect.py: messages and plans by id")
-    flag("--task_turn", 0, "fold turns 0 and N into the first human turn (ETO: 2)")
-    flag("--eval_file", None, "held-out samples, same format")
-    flag("--eval_ratio", 0.0, "hold out this share of --train_file, chosen by id")
-    flag("--model_max_length", 4096, "a longer sample is an error")
-    flag("--prepended_length", 2048, "a longer message is an error")
     parser.group("loss")
     flag("--plan_similarity_weight", 0.2, "ceiling of w_align; 0 drops that pass")
     flag("--random_contrast_weight", 1.0, "ceiling of w_sep; 0 drops that pass")
@@ -76,32 +66,11 @@ def get_args(argv):
     flag("--adapter_warmup_learning_rate", 1e-3, "of these steps")
     flag("--infonce_probe_interval", 0, "every N steps, score K messages on K samples")
     flag("--infonce_probe_size", 8, "K")
-    parser.group("optimization")
+    parser.group("length")
     flag("--num_train_epochs", 3.0, "passes over the data")
     flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the schedule "
-         "is then that of the new length; 0: only the adapter is fitted", type=int)
-    flag("--learning_rate", 1e-5, "peak, then cosine to 0")
-    flag("--adapter_learning_rate", None, "peak for the adapter; default: --learning_rate", type=float)
-    flag("--warmup_ratio", 0.03, "share of the steps that warm up linearly")
-    flag("--adam_beta2", 0.999, "AdamW's memory of squares; short runs: 0.95")
-    flag("--weight_decay", 0.0, "AdamW, on matrices only")
-    flag("--max_grad_norm", 1.0, "clip the gradient's norm")
-    flag("--global_batch_size", 16, "samples per optimizer step, over all ranks")
-    flag("--per_device_train_batch_size", 4, "samples per pass: memory only")
-    flag("--per_device_eval_batch_size", 8, "samples per evaluation pass")
-    flag("--bf16", "auto", "bf16 autocast over fp32 parameters; auto: on CUDA", choices=["auto", "true", "false"])
-    flag("--gradient_checkpointing", False, "recompute the actor's activations: less memory")
-    flag("--fsdp", False, "shard parameters, gradients and Adam over the ranks")
-    flag("--compile", False, "torch.compile the actor's layers")
-    flag("--seed", 0, "of all that is drawn")
-    parser.group("output")
-    flag("--output_dir", ..., "for the model, its checkpoints and its log; one that exists is continued")
-    flag("--logging_steps", 1, "a log line every N steps (the csv has them all)")
-    flag("--eval_steps", 500, "evaluate every N steps, and at the end")
-    flag("--save_steps", 500, "checkpoint every N steps, and at the end")
-    flag("--save_total_limit", 2, "checkpoints to keep, besides the best")
-    flag("--early_stopping_patience", 0, "stop after N evaluations without a new best")
-    flag("--resume", "auto", "auto: from the last checkpoint; never", choices=["auto", "never"])
+         "is then that of the new length; 0: only the adapter is fitted", type=lambda text: positive(text, least=0))
+    add_training_flags(parser, learning_rate=1e-5)
     return parser.parse_args(argv)
 
 
@@ -116,14 +85,7 @@ def check_args(args, world):
         raise UserError("--adapter_warmup_steps needs --message latent and an adapter that can learn")
 
 
-def check_finite(step, loss, grad_norm, ids):
-    if not math.isfinite(loss + grad_norm):
-        raise UserError(f"step {step}: the loss is {loss}, its gradient {grad_norm}; nothing was updated. Lower "
-                        f"--learning_rate, or look at the messages of the samples {', '.join(ids)}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Data
+# ---- Data ----------------------------------------------------------------------------------------
 
 def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_other, seed, device):
     """drawn [(draw, n)] -> the batches of the three passes; None for a pass that is not needed.
@@ -141,8 +103,7 @@ def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_ot
     return [collate(part, device) if part else None for part in (samples, plan_samples, other_samples)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Schedules
+# ---- Schedules -----------------------------------------------------------------------------------
 
 def loss_weights(align, sep, adaptive=False, last_terms=None):
     """The weight of each term in the total loss; a term without one is only logged. A term of your own is
@@ -165,26 +126,7 @@ def lr_scale(step, max_steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation; every rank makes the same number of passes, because FSDP2 needs all ranks in each
-
-@torch.no_grad()
-def evaluate(model, summed_loss, data, indices, batch_size, device, rank, world):
-    """Mean CE over the supervised tokens of held-out samples. summed_loss(indices) -> their summed CE."""
-    was_training = model.training
-    model.eval()
-    sums = {"loss": 0.0, "tokens": 0.0}
-    order = sorted(indices, key=lambda n: data.lengths[n])
-    for i in range(0, len(order), batch_size * world):
-        part = order[i + rank:i + batch_size * world:world]
-        loss = summed_loss(part or order[:1])  # a rank without samples repeats one: all ranks make each pass
-        if part:
-            sums["loss"] += loss.item()
-            sums["tokens"] += sum(data.n_labels[n] for n in part)
-    model.train(was_training)
-    sums = all_reduce_sum(sums, device)
-    return sums["loss"] / sums["tokens"]
-
+# ---- The probe -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def infonce_probe(actor, data, chosen, autocast, device, rank, world):
@@ -223,8 +165,7 @@ def main(argv=None):
     run = Run(args.output_dir, settings, args.resume, rank)
     state, source = run.state, run.checkpoint or args.model_name_or_path
 
-    # --------------------------------------------------------------------------------------------
-    # data, all checked before a model is loaded
+    # ---- data, all checked before a model is loaded ----------------------------------------------
     config = load_config(source, args.trust_remote_code)
     if latent and config.hidden_size % args.num_heads:
         raise UserError(f"--num_heads {args.num_heads} does not divide the actor's width, {config.hidden_size}")
@@ -250,8 +191,7 @@ def main(argv=None):
     if rank == 0:
         lock(args.output_dir)
 
-    # --------------------------------------------------------------------------------------------
-    # model: what learns has fp32 parameters, because a step of 1e-5 is lost in bf16 ones
+    # ---- model: what learns has fp32 parameters, because a step of 1e-5 is lost in bf16 ones -----
     device_type = device.split(":")[0]
     cuda = device_type == "cuda"
     bf16 = cuda if args.bf16 == "auto" else args.bf16 == "true"
@@ -284,40 +224,39 @@ def main(argv=None):
                       f"g = {arguments['output_scale']:.3f} (the actor's word embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info)
 
-    # --------------------------------------------------------------------------------------------
-    # the adapter alone, on messages without the LM (ours, not the paper's). Every rank does all of it, so it is
+    # ---- adapter alone, on messages without the LM (ours, not the paper's). Every rank does all of it, so it is
     # the same on any number of them; a kill before the first checkpoint starts it again
     if fits_words and not run.checkpoint:
         adapter.eval().to(device)
         table = word_embeddings(lm, most=2**31).to(device)  # (V, D)
 
-        def states_and_words(chosen, data=data):
-            """All states of some messages, as a batch for the adapter, and the ids that each stands for."""
+        def read(data, chosen):
+            """All states of some messages, what the adapter makes of them, the ids that each stands for."""
             batch = collate([data.sample(n, "latent") for n in chosen], device)
+            states, mask = batch["latents"], batch["latents_mask"]
             words = [ids for n in chosen for ids in data.words(n)]
-            return batch["latents"], batch["latents_mask"], words
+            return states[mask], adapter(states, mask)[mask], words  # (N, d_s), (N, D), N lists
 
-        def how_near():
+        def report(when):
+            tried, whose = (eval_indices, "held-out") if eval_indices else (train_indices, "training")
             with torch.no_grad():
-                states, mask, words = tried
-                right, cosine = nearness(adapter(states, mask)[mask], words, table)
-            return f"nearest word right {right:.3f}, cosine {cosine:.3f}"
+                _, vectors, words = read(eval_data, tried[:16])
+            right, cosine = nearness(vectors, words, table)
+            if rank == 0:
+                print(f"adapter {when}: nearest word right {right:.3f}, cosine {cosine:.3f} ({whose} messages)")
 
         if args.adapter == "procrustes":
-            states, mask, words = states_and_words(train_indices[:512])
-            adapter.weight.copy_(procrustes(states[mask], word_targets(table, words)))
-        tried = states_and_words(eval_indices[:16] or train_indices[:16], eval_data if eval_indices else data)
-        before = how_near()
+            states, _, words = read(data, train_indices[:512])
+            adapter.weight.copy_(procrustes(states, word_targets(table, words)))
+        report("at the start")
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.adapter_warmup_learning_rate)
         for step in progress(range(args.adapter_warmup_steps), rank, desc="warm up", unit="step"):
             drawn = global_batch(step, train_indices, 64, f"warm-up {args.seed}")
-            states, mask, words = states_and_words([n for _, n in drawn])
-            warmup_loss(adapter(states, mask)[mask], word_targets(table, words)).backward()
+            _, vectors, words = read(data, [n for _, n in drawn])
+            warmup_loss(vectors, word_targets(table, words)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        if rank == 0:
-            print(f"adapter alone: {before}; after {args.adapter_warmup_steps} steps {how_near()} "
-                  f"(on {'held-out' if eval_indices else 'training'} messages)")
+        report(f"after {args.adapter_warmup_steps} steps alone")
         adapter.cpu()
         del table
 
@@ -328,8 +267,7 @@ def main(argv=None):
             layer.compile(dynamic=True)
     learner, write_model, layers = actor.train(), actor.save, decoder_layers(actor.lm) if args.fsdp else []
 
-    # --------------------------------------------------------------------------------------------
-    # ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
+    # ---- ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
     # gradients and Adam's moments, and gathers one decoder layer at a time; all else forms one more unit
     if cuda:
         torch.cuda.set_device(device)
@@ -362,8 +300,7 @@ def main(argv=None):
     if run.checkpoint:
         run.load_optimizer(learner, optimizer)
 
-    # --------------------------------------------------------------------------------------------
-    # loop
+    # ---- loop ------------------------------------------------------------------------------------
     run.clear()
     if rank == 0:
         print(f"{len(train_indices)} training samples, {len(eval_indices)} held out, "
@@ -474,8 +411,7 @@ def main(argv=None):
                 raise SystemExit(STOP_EXIT)
     bar.close()
 
-    # --------------------------------------------------------------------------------------------
-    # files: the output directory itself becomes the best model, or the last where nothing was held out
+    # ---- files: the output directory itself becomes the best model, or the last where nothing was held out ----
     if rank == 0:
         best = run.publish(["loss", *state.get("last_terms", []), "eval_loss"], "nats per supervised token")
         print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")

@@ -45,8 +45,7 @@ Job = namedtuple("Job", "label run n")  # to be played or answered: row of the t
 OTHER_NAMES = {"none": "latent", "qwen2llama": "latent"}  # the released code's, the paper's
 
 
-# -------------------------------------------------------------------------------------------------------
-# 1. Perturbations
+# ---- 1. Perturbations ----------------------------------------------------------------------------
 
 def perturb(variant, latents, *seed):
     """Destroy a message's structure but keep chosen statistics (paper, ablations): H, (L, d) of any float dtype ->
@@ -93,8 +92,7 @@ def rotate(X, generator):
     return (U[:, :rank] @ Q * S[:rank] @ Vh[:rank]).float()
 
 
-# -------------------------------------------------------------------------------------------------------
-# 2. Rows
+# ---- 2. Rows -------------------------------------------------------------------------------------
 
 def add_flags(parser):
     """The flags that both evaluations have: who reads which messages."""
@@ -220,7 +218,6 @@ def check_sender(messages, actor_path):
     learned = read_info(actor_path).get("sender")
     if not learned or messages.get("teacher") and messages["teacher"] == fingerprint(actor_path):
         return  # a student that was trained over this very actor is its own
-    messages, learned = {"send": "last"} | messages, {"send": "last"} | learned  # before there was a choice
     names = ["fingerprint", "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps", "send"]
     differ = [name for name in names if name in messages and messages[name] != learned.get(name)]
     if differ:
@@ -251,8 +248,7 @@ def check_settings(output, flags, but=()):
     return settings
 
 
-# -------------------------------------------------------------------------------------------------------
-# 3. Messages
+# ---- 3. Messages ---------------------------------------------------------------------------------
 
 # flags that `collect_messages` takes
 SENDER_FLAGS = ("sender", "latent_steps", "prompt_template", "max_plan_tokens", "sender_batch_size", "seed",
@@ -334,8 +330,7 @@ def message_sample(actor, turns, n, tasks, seed, /, *, variant, shards=None, kee
     return sample, {"message_of": message_of, "message_length": length, "sender_ms": sender_ms}
 
 
-# -------------------------------------------------------------------------------------------------------
-# 4. Results
+# ---- 4. Results ----------------------------------------------------------------------------------
 
 def split_by(records, key):
     """{value of the key: its records}, in their order."""

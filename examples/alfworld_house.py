@@ -29,8 +29,7 @@ from common import (  # noqa: E402
     Parser, UserError, one_line_errors, positive, read_json, seed_for, write_text)
 from games import AlfworldGame, Crash, in_workers, open_split  # noqa: E402
 
-# -----------------------------------------------------------------------------------------------------
-# 1. What the house holds
+# ---- 1. What the house holds ---------------------------------------------------------------------
 
 TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 TREATMENTS = {"isClean": "clean", "isHot": "heat", "isCool": "cool"}  # in a goal -> what brings it about
@@ -119,8 +118,7 @@ def place_in_words(things):
     return " ".join(f"{thing} is at {place}." for thing, place in things)
 
 
-# -----------------------------------------------------------------------------------------------------
-# 2. The game
+# ---- 2. The game ---------------------------------------------------------------------------------
 
 class SeenHouse(AlfworldGame):
     """ALFWorld, whose sender knows where the goal's things are at the start."""
@@ -154,8 +152,7 @@ class SeenHouse(AlfworldGame):
         }
 
 
-# -----------------------------------------------------------------------------------------------------
-# 3. Demonstrations
+# ---- 3. Demonstrations ---------------------------------------------------------------------------
 
 # Opens the demonstrations, whose agents do not write down what they think.
 ACTION_INSTRUCTION = """You are in a household and have one task to carry out. After each of your turns you \

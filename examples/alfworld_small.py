@@ -60,8 +60,7 @@ SIZES = {  # by --fast: steps and counts
     True: {"base": 60, "llama": 30, "actor": 4, "student": 4, "games": 20},
 }
 
-# --------------------------------------------------------------------------------------------------
-# 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not
+# ---- 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not ----
 
 def unpack_demonstrations(out):
     """Those of assets/; with --from_games they are made anew, and of all training games."""
@@ -97,8 +96,7 @@ def write_told(out, sender):
     write_json(f"{out}/{sender}_told.json", told if len(told) > len(records) / 2 else records)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Language models
+# ---- 2. Language models --------------------------------------------------------------------------
 
 def make_tokenizer(out):
     """One token for each word of the training games; commas and full stops are words."""
@@ -185,8 +183,7 @@ def language_models(out, seed, sizes):
     train_lm(f"{out}/llama", llama, tokenizer, [(planning, "none", 24)], seed, sizes["llama"])
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The stages
+# ---- 3. The stages -------------------------------------------------------------------------------
 
 def one_seed(out, seed, sizes, from_games):
     """Every stage -> {split: {row: the evaluator's figures}}."""
@@ -258,8 +255,7 @@ def one_seed(out, seed, sizes, from_games):
     return results
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The report
+# ---- 4. The report -------------------------------------------------------------------------------
 
 MEANING = {
     "latent": "the sender's states",

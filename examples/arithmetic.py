@@ -39,8 +39,7 @@ from common import one_line_errors, read_json, write_json  # noqa: E402
 from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, report, stage)
 
-# --------------------------------------------------------------------------------------------------
-# 1. The world
+# ---- 1. The world --------------------------------------------------------------------------------
 
 OPERATIONS = {  # with the numbers that a step may have
     "plus": range(1, 10),
@@ -149,8 +148,7 @@ def records(split, n):
     return out
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The language model
+# ---- 2. The language model -----------------------------------------------------------------------
 
 def actor_sample(problem):
     """The actor answers with the plan in words, which is supervised too: half as many steps are enough."""
@@ -174,8 +172,7 @@ def samples(rng, size=8):
     return plans + with_plan + [one_turn(question(problem), solution(problem)) for problem in drawn[2 * size:]]
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The stages
+# ---- 3. The stages -------------------------------------------------------------------------------
 
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1400, "train": 3000, "test": 300, "actor": 200, "baseline": 200},

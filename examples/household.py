@@ -27,8 +27,7 @@ from common import one_line_errors, read_json, wilson_interval, write_json  # no
 from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, report, spans_of, stage)
 
-# --------------------------------------------------------------------------------------------------
-# 1. The world
+# ---- 1. The world --------------------------------------------------------------------------------
 
 OBJECTS = "apple bowl bread cup egg mug pan plate potato tomato".split()
 FURNITURE = {"shelf": 2, "cabinet": 8, "drawer": 8}  # how many; shelves are open, the others have doors
@@ -191,8 +190,7 @@ def conversation(world, task, actions):
     return turns[:-1]
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The language models
+# ---- 2. The language models ----------------------------------------------------------------------
 
 def household_tokenizer():
     """Every word that the household can say."""
@@ -228,8 +226,7 @@ def actor_samples(rng, size=8):
     return samples
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The stages
+# ---- 3. The stages -------------------------------------------------------------------------------
 
 SIZES = {  # by --fast; steps and counts, measured so that the whole takes minutes on 2 cores
     False: {"base": 550, "sender": 250, "train": 1500, "test": 300, "actor": 40, "student": 1300},

@@ -56,8 +56,7 @@ class Safe:
         return "it opens ." if won else "nothing moves .", float(won), won or self.tries == 0, {"won": won}
 
 
-# --------------------------------------------------------------------------------------------------
-# Two tiny language models, made from scratch
+# ---- Two tiny language models, made from scratch -------------------------------------------------
 
 def sender_samples(rng):
     """A step of the sender: it passes the code on."""

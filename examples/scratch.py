@@ -21,8 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from common import Parser, UserError, atomic_path, plot_bars, progress, read_json, remove, write_json  # noqa: E402
 from model import build_sample, collate  # noqa: E402
 
-# --------------------------------------------------------------------------------------------------
-# 1. Language models. A sample of theirs is a list of (text, whether it is supervised)
+# ---- 1. Language models. A sample of theirs is a list of (text, whether it is supervised) --------
 
 PLAN_ANNOUNCEMENT = "plan :"
 # the markers are words from the start, so that a model learns them with plans as text
@@ -118,8 +117,7 @@ def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, lea
     return lm.eval()
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The stages
+# ---- 2. The stages -------------------------------------------------------------------------------
 
 def once(out, name, work):
     """work(), unless an earlier run has done it: {out}/seconds.json knows, and how long it took."""
@@ -176,8 +174,7 @@ def open_output(out, settings, fresh=False):
     write_json(path, settings)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The report
+# ---- 3. The report -------------------------------------------------------------------------------
 
 def report(out, results, rate, meaning, n_tasks):
     """summary.json, results.png and the table of results {row: {rate, "interval", ...}}; `meaning` of the rows."""

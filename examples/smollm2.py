@@ -48,8 +48,7 @@ MEANING = {
     "untouched": "no message, the model as it came",
 }
 
-# --------------------------------------------------------------------------------------------------
-# 1. The data
+# ---- 1. The data ---------------------------------------------------------------------------------
 
 
 def write_records(out, n_records):
@@ -86,8 +85,7 @@ def write_cut(out, model, longest=500):
     write_json(f"{out}/short_search.json", [cut(record) for record in read_json(f"{out}/search.json")])
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The stages
+# ---- 2. The stages -------------------------------------------------------------------------------
 
 def smollm2(out, model, bf16, seed, sizes):
     """Every stage -> {split: {row: the evaluator's figures}}, {split: differences}."""
@@ -148,8 +146,7 @@ def smollm2(out, model, bf16, seed, sizes):
     return rows, differences
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The report
+# ---- 3. The report -------------------------------------------------------------------------------
 
 def report(out, model, rows, differences):
     """smollm2.json and the table."""

@@ -46,8 +46,7 @@ from examples.scratch import (  # noqa: E402
 from hf import lm_logits, load_lm  # noqa: E402
 from model import free_name, open_shards, write_shard  # noqa: E402
 
-# --------------------------------------------------------------------------------------------------
-# 1. The world: the household, where the object was seen at two places
+# ---- 1. The world: the household, where the object was seen at two places ------------------------
 
 EPISODES = {"train": 4000, "test": 300}
 NOUNS = "|".join(sorted({location.split()[0] for location in LOCATIONS}))  # cabinet|coffeetable|...
@@ -178,8 +177,7 @@ def episode(world, task, actions):
     return conversation(world, task, [world.spell(action) for action in actions])
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The language model: the sender, and where every actor starts
+# ---- 2. The language model: the sender, and where every actor starts -----------------------------
 
 def samples(world, rng):
     """draw(rng) for `train_lm`: a step teaches the sender or the actor, whose samples are five times as long.
@@ -211,8 +209,7 @@ def vocabulary(world):
     return texts
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The stages
+# ---- 3. The stages -------------------------------------------------------------------------------
 
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1000, "train": 4000, "test": 300, "actor": 800, "every": 100},
@@ -381,8 +378,7 @@ def one_seed(out, rows, seed, sizes):
     return result
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The report
+# ---- 4. The report -------------------------------------------------------------------------------
 
 def pool(seeds):
     """The counts of all seeds together -> {row: {part: (share, low, high)}}."""

@@ -377,14 +377,6 @@ def test_thoughts_are_not_graded(world, tmp_path):
     assert {(r["model_output"], r["extracted_answer"]) for r in results(tmp_path / "o")} == {("No box.", None)}
 
 
-def test_answer_phrase(world, tmp_path):
-    parrot = save_parrot(tmp_path / "lm", "The final answer is 1.")
-    for flag in ("true", "false"):
-        main(plain(world, tmp_path / flag, "--model_path", parrot, "--max_length", 1, "--answer_phrase", flag))
-    right = [[r["correct"] for r in results(tmp_path / flag)] for flag in ("true", "false")]
-    assert right[0] == [t["reference"] == "1" for t in world.tasks] and not any(right[1])
-
-
 def test_chat_template_kwargs_reach_the_template(world, tmp_path):
     lm, tokenizer = answering_lm()
     tokenizer.chat_template = CHATML.replace("helpful", "{{ mood | default('helpful') }}")

@@ -175,7 +175,7 @@ def test_messages_that_cannot_be_read(world, tmp_path):
     write_json(tmp_path / "latent_adapter.json", {"format_version": ADAPTER_FORMAT, "sender": layer})
     check_sender(layer, str(tmp_path))
     with pytest.raises(UserError, match="other send"):
-        check_sender({"model": "tiny"}, str(tmp_path))  # from before there was a choice: last
+        check_sender({"model": "tiny", "send": "last"}, str(tmp_path))
     for pairs in (["llama"], ["=full"], ["text=full"], [f"llama={full.directory}"] * 2):
         with pytest.raises(UserError, match=f"--messages takes NAME=DIR.*{pairs[-1]}"):
             named_messages(pairs)
