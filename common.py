@@ -13,7 +13,6 @@ import csv
 import fcntl
 import functools
 import glob
-import gzip
 import hashlib
 import importlib
 import json
@@ -194,11 +193,11 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Parse .json, or .jsonl and .ndjson (a list), also with .gz. UserError names file and line."""
-    number, read = None, gzip.open if path.endswith(".gz") else open
+    """Parse .json, or .jsonl and .ndjson (a list). UserError names file and line."""
+    number = None
     try:
-        with read(path, "rt", encoding="utf-8") as file:
-            if not path.removesuffix(".gz").endswith((".jsonl", ".ndjson")):
+        with open(path, encoding="utf-8") as file:
+            if not path.endswith((".jsonl", ".ndjson")):
                 return json.load(file)
             records = []
             for number, line in enumerate(file, 1):
@@ -357,6 +356,12 @@ def add_training_flags(parser, learning_rate):
     flag("--resume", "auto", "auto: from the last checkpoint; never", choices=["auto", "never"])
 
 
+def run_settings(flags, inputs):
+    """What a continuation must share with its run: {flag: value}, the contents of what is at the flags `inputs`."""
+    settings = {name: value for name, value in flags.items() if name not in NOT_SETTINGS}
+    return settings | {"contents": {name: fingerprint(flags[name]) for name in inputs}}
+
+
 def read_rows(path):
     with open(path) as file:
         return list(csv.DictReader(file))
@@ -406,7 +411,8 @@ class Run:
             remove(path)
 
     def log(self, record):
-        """A line of loss_log.csv; the first record names the columns. What follows the checkpoint goes."""
+        """A line of loss_log.csv, whose columns the first record names -> the same for the screen. What follows
+        the checkpoint goes."""
         if self.log_file is None:
             path, columns = os.path.join(self.output_dir, "loss_log.csv"), list(record)
             kept = read_rows(path) if self.checkpoint and os.path.exists(path) else []  # a torn line has no end
@@ -419,6 +425,8 @@ class Run:
             self.writer = csv.DictWriter(self.log_file, columns)
         self.writer.writerow(record)
         self.log_file.flush()
+        return " ".join(f"{name} {value:.4g}" for name, value in record.items()
+                        if value is not None and name not in NOT_SHOWN)
 
     def note_eval(self, eval_loss, patience):
         """Note an evaluation -> whether it is the best so far. `patience` > 0 others in a row stop the run."""
@@ -470,6 +478,13 @@ class Run:
                     shutil.copy(os.path.join(source, name), temporary)
         write_json(os.path.join(self.output_dir, "trainer_state.json"), self.state)
         return source
+
+
+def lr_scale(step, max_steps, warmup):
+    """Linear warm-up, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
 
 
 def check_finite(step, loss, grad_norm, ids):

@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (NOT_SETTINGS, NOT_SHOWN, STOP_EXIT, Parser, Run, UserError, add_training_flags,
-                    all_reduce_sum, catch_stop, check_finite, check_output, evaluate, fingerprint,
-                    json_object, lock, memory_gb, one_line_errors, positive, progress, this_rank, write_json)
+from common import (STOP_EXIT, Parser, Run, UserError, add_training_flags, all_reduce_sum, catch_stop,
+                    check_finite, check_output, evaluate, fingerprint, json_object, lock, lr_scale, memory_gb,
+                    one_line_errors, positive, progress, run_settings, this_rank, write_json)
 from data import PLAN_PROMPT, encode_conversation, encode_prompt, global_batch, show_sample, train_and_eval
 from hf import context_length, decoder_layers, left_pad, load_config, load_tokenizer
 from model import LatentActor, LatentSender, build_sample, collate, compression_terms, open_shards, read_info
@@ -123,7 +123,7 @@ def read_three_ways(data, silent, chosen, latents):
             collate([build_sample(*silent[n]) for n in chosen], device))
 
 
-# ---- Models and schedule -------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 def load_teacher(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True,
                  gradient_checkpointing=False):
@@ -138,23 +138,14 @@ def load_teacher(path, dtype="fp32", device="cpu", trust_remote_code=False, chec
     return actor
 
 
-def lr_scale(step, max_steps, warmup):
-    """Linear warm-up, then cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
-
-
 @one_line_errors("compress.py")
 def main(argv=None):
     args = get_args(argv)
     rank, world, device = this_rank()
     check_args(args, world)
-    inputs = {name: getattr(args, name) for name in INPUTS}
-    check_output("--output_dir", args.output_dir, [args.student_model_name_or_path, *inputs.values()])
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings["contents"] = {name: fingerprint(path) for name, path in inputs.items()}
-    run = Run(args.output_dir, settings, args.resume, rank)
+    inputs = [args.student_model_name_or_path, *(getattr(args, name) for name in INPUTS)]
+    check_output("--output_dir", args.output_dir, inputs)
+    run = Run(args.output_dir, run_settings(vars(args), INPUTS), args.resume, rank)
     state, source = run.state, run.checkpoint or args.student_model_name_or_path
 
     # ---- data, all checked before a model is loaded ----------------------------------------------
@@ -254,6 +245,9 @@ def main(argv=None):
             latents = student(*left_pad([eval_prompts[n] for n in chosen], device), args.K)  # (B, K, d_s)
             return actor(student_batch(eval_data, chosen, latents))["task"]
 
+    held_out_loss = functools.partial(evaluate, learner, eval_loss, eval_data, eval_indices,
+                                      args.per_device_eval_batch_size, device, rank, world)
+
     def write_model(directory, state_dict):
         student.save(directory, state_dict)
         tokenizer.save_pretrained(directory)
@@ -316,8 +310,7 @@ def main(argv=None):
                   "lr": args.learning_rate * scale, "grad_norm": grad_norm, "eval_loss": None}
         is_best = False
         if eval_indices and (done % args.eval_steps == 0 or state["stopped"]):
-            record["eval_loss"] = evaluate(learner, eval_loss, eval_data, eval_indices,
-                                           args.per_device_eval_batch_size, device, rank, world)
+            record["eval_loss"] = held_out_loss()
             is_best = run.note_eval(record["eval_loss"], args.early_stopping_patience)
 
         # log
@@ -325,11 +318,9 @@ def main(argv=None):
         record["tokens_per_s"] = round(seen_tokens * world / seconds)
         record["memory_gb"] = round(memory_gb(device), 2)
         if rank == 0:
-            run.log(record)
+            line = run.log(record)
             if done % args.logging_steps == 0 or record["eval_loss"] is not None:
-                shown = [f"{name} {value:.4g}" for name, value in record.items()
-                         if value is not None and name not in NOT_SHOWN]
-                bar.write(f"step {done}/{max_steps} " + " ".join(shown))
+                bar.write(f"step {done}/{max_steps} {line}")
         bar.update()
 
         # save
@@ -341,7 +332,7 @@ def main(argv=None):
                 raise SystemExit(STOP_EXIT)
     bar.close()
 
-    # ---- files: the output directory itself becomes the best model, or the last where nothing was held out ----
+    # ---- files: the output directory becomes the best model, or the last where nothing was held out ------
     if rank == 0:
         best = run.publish(["loss", *weights, "eval_loss"], "loss")
         print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")

@@ -406,7 +406,7 @@ def read_dataset(path, split):
 
 def read_records(path, split=None):
     """The records of a JSON file or, given a split, of what `read_dataset` reads. Raises UserError."""
-    if split is None or path.removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson")):
+    if split is None or path.endswith((".json", ".jsonl", ".ndjson")):
         records = read_json(path)
     else:
         records = read_dataset(path, split)
@@ -573,10 +573,6 @@ class Conversations:
     def __len__(self):
         return len(self.ids)
 
-    def latents(self, n):
-        """The raw message of record n, (L, d_s)."""
-        return self.shards[self.ids[n]]
-
     def words(self, n):
         """The ids that each state of record n's message stands for, [[id, ...], ...]. Raises UserError."""
         record = self.shards.records[self.ids[n]]
@@ -592,7 +588,7 @@ class Conversations:
             return build_sample(*self.encoded[n])
         if kind == "text":
             return build_sample(*self.encoded[n], self.plans[source], ratio=1.0)
-        return build_sample(*self.encoded[n], self.plans[source], self.latents(source), ratio)
+        return build_sample(*self.encoded[n], self.plans[source], self.shards[self.ids[source]], ratio)
 
 
 def check_openings(records):

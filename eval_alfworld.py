@@ -20,7 +20,6 @@ table says, differences between variants, success by type of task), results.png.
 import contextlib
 import csv
 import datetime
-import functools
 import os
 import statistics
 import time
@@ -148,15 +147,6 @@ def new_record(job, task, split, seed):
     }
 
 
-def read_reply(game, method, text):
-    """What a game's parse_action or cut_reply makes of a reply. Raises UserError if that raises anything."""
-    try:
-        return getattr(game, method, str.strip)(text)
-    except Exception as error:
-        raise UserError(f"{game.__qualname__}.{method} failed on the reply {text!r}: "
-                        f"{type(error).__name__}: {error}") from error
-
-
 def next_block(tokenizer, turns, reply_ids, unread, stops, where):
     """Ids of what comes after a reply, for a cache that holds it: its end of turn, the observation, the opening
     of the next reply. unread: the reply's last id is not in the cache yet."""
@@ -177,8 +167,7 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
     tasks: [{"id", "task", ...}]; rows: what `table_rows` gives; workers: GameWorkers of the class `game`;
     instruction opens every first turn. Raises UserError where an episode outgrows the actor's context."""
     start, tokenizer = time.perf_counter(), actor.tokenizer
-    parse_action = functools.partial(read_reply, game, "parse_action")
-    cut_reply = functools.partial(read_reply, game, "cut_reply")
+    parse_action, cut_reply = (getattr(game, name, str.strip) for name in ("parse_action", "cut_reply"))
     stops = set(stop_ids(tokenizer, actor.lm))
 
     def is_over(ids):

@@ -36,16 +36,9 @@ In every turn, think about the situation first and then choose one action. Reply
 Thought: your thoughts
 Action: your next action
 
-These are the actions, with {obj} for an object and {recep} for a receptacle, each with its number:
-1. go to {recep}
-2. take {obj} from {recep}
-3. put {obj} in/on {recep}
-4. open {recep}
-5. close {recep}
-6. toggle {obj} {recep}
-7. clean {obj} with {recep}
-8. heat {obj} with {recep}
-9. cool {obj} with {recep}
+These are the actions, with {obj} for an object and {recep} for a receptacle, each with its number: \
+go to {recep}, take {obj} from {recep}, put {obj} in/on {recep}, open {recep}, close {recep}, \
+toggle {obj} {recep}, clean {obj} with {recep}, heat {obj} with {recep}, cool {obj} with {recep}.
 "Nothing happens." means that the action was not possible there: try another one."""
 
 # What an agent says -> what this game may call it: `put` or `move` is up to the version that made the game

@@ -110,7 +110,8 @@ def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=Tru
         lm.to(device).eval()
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
-    family, missing, unused = type(lm).__name__, report["missing_keys"], report["unexpected_keys"]
+    family = type(lm).__name__
+    missing, unused = report["missing_keys"], report["unexpected_keys"]
     if missing:  # transformers would make them at random
         raise UserError(f"{path} has no {min(missing)}, which {family} needs: is it a causal LM, "
                         "and are all its files there?")

@@ -375,9 +375,7 @@ def init_markers(lm, new_ids):
 def word_targets(table, words):
     """What states should become: the mean embedding of the words that each stands for. table: embeddings
     (V, D); words: for N states their ids, [[7], [8, 9], ...] -> (N, D)."""
-    ids = torch.tensor(list(itertools.chain(*words)))  # 7 8 9
-    starts = torch.tensor([0, *itertools.accumulate(map(len, words))])[:-1]  # 0 1
-    return F.embedding_bag(ids.to(table.device), table, starts.to(table.device), mode="mean")
+    return torch.stack([table[ids].mean(0) for ids in words])
 
 
 def warmup_loss(vectors, targets):
@@ -387,9 +385,11 @@ def warmup_loss(vectors, targets):
 
 def nearness(vectors, words, table):
     """How near vectors (N, D) are to their words -> (share whose nearest word is right, mean cosine)."""
-    nearest = (F.normalize(vectors) @ F.normalize(table).T).argmax(-1)  # (N,)
+    cosines = F.normalize(vectors) @ F.normalize(table).T  # (N, V)
+    nearest = cosines.argmax(-1)
     right = [token in ids for token, ids in zip(nearest.tolist(), words)]
-    cosine = F.cosine_similarity(vectors, word_targets(table, words))
+    targets = word_targets(table, words)  # (N, D)
+    cosine = F.cosine_similarity(vectors, targets)
     return sum(right) / len(right), cosine.mean().item()
 
 

@@ -22,9 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (NOT_SETTINGS, NOT_SHOWN, STOP_EXIT, Parser, Run, UserError, add_training_flags,
-                    all_reduce_sum, catch_stop, check_finite, check_output, evaluate, fingerprint,
-                    json_object, lock, memory_gb, one_line_errors, positive, progress, seed_for, this_rank)
+from common import (STOP_EXIT, Parser, Run, UserError, add_training_flags, all_reduce_sum, catch_stop,
+                    check_finite, check_output, evaluate, json_object, lock, lr_scale, memory_gb,
+                    one_line_errors, positive, progress, run_settings, seed_for, this_rank)
 from data import PLAN_ANNOUNCEMENT, another_task, global_batch, show_sample, train_and_eval
 from hf import (context_length, decoder_layers, embedding_rms, load_config, load_lm, load_tokenizer,
                 word_embeddings)
@@ -32,7 +32,7 @@ from model import (ADAPTER_FORMAT, LatentActor, add_markers, collate, init_marke
                    open_shards, procrustes, warmup_loss, word_targets)
 
 INPUTS = ["train_file", "eval_file", "hidden_data"]  # a run is not continued with other contents of these
-CLOSED_FORM = ("none", "procrustes")  # adapters that are not trained
+CLOSED_FORM = dict.fromkeys(("none", "procrustes"), "model:LinearMap")  # adapters that are not trained
 
 
 def get_args(argv):
@@ -44,8 +44,8 @@ def get_args(argv):
          "and No-CoT", choices=["latent", "text", "none"])
     flag("--hidden_data", None, "--output_dir of collect.py: messages and plans by id")
     flag("--plan_announcement", PLAN_ANNOUNCEMENT, "stands before <bop>; kept with the actor")
-    flag("--adapter", "model:HiddenStateProcessor", "module:Class, kept with the actor; or, not trained, none: states "
-         "as they are, procrustes: rotated and scaled towards the actor's words")
+    flag("--adapter", "model:HiddenStateProcessor", "module:Class, kept with the actor; or one that is not "
+         "trained: none (states as they are), procrustes (rotated and scaled towards their words)")
     flag("--num_heads", 8, "attention heads of the adapter")
     flag("--adapter_dropout", 0.1, "dropout in the adapter's attention")
     flag("--adapter_scale", 0.2, "start of the learned input scale s")
@@ -62,14 +62,15 @@ def get_args(argv):
     flag("--adaptive_weights", True, "a weight moves between a tenth of its ceiling and it, with its loss")
     flag("--curriculum", [r / 10 for r in range(11)], "the ratios that are drawn: the share of a message that is "
          "shown as words (paper: 0 0.1 ... 1; 0: pure latent messages)", type=float, nargs="+", metavar="R")
-    flag("--adapter_warmup_steps", 0, "first the adapter alone learns to give the plan's words, N steps of 64 messages")
+    flag("--adapter_warmup_steps", 0, "steps of 64 messages in which the adapter alone learns their words")
     flag("--adapter_warmup_learning_rate", 1e-3, "of these steps")
     flag("--infonce_probe_interval", 0, "every N steps, score K messages on K samples")
     flag("--infonce_probe_size", 8, "K")
     parser.group("length")
     flag("--num_train_epochs", 3.0, "passes over the data")
-    flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the schedule "
-         "is then that of the new length; 0: only the adapter is fitted", type=lambda text: positive(text, least=0))
+    flag("--max_steps", None, "optimizer steps, instead of epochs; a run may be continued with more: the "
+         "schedule is then that of the new length; 0: only the adapter is fitted",
+         type=lambda text: positive(text, least=0))
     add_training_flags(parser, learning_rate=1e-5)
     return parser.parse_args(argv)
 
@@ -103,30 +104,21 @@ def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_ot
     return [collate(part, device) if part else None for part in (samples, plan_samples, other_samples)]
 
 
-# ---- Schedules -----------------------------------------------------------------------------------
+# ---- Weights, and the probe ----------------------------------------------------------------------
 
 def loss_weights(align, sep, adaptive=False, last_terms=None):
     """The weight of each term in the total loss; a term without one is only logged. A term of your own is
     one more line here.
 
-    align and sep are ceilings. Adaptive: a term that is satisfied steps back, to a tenth of its ceiling, which it
-    has where its value of the last step is as large as it starts. That value is detached, and the same for any
-    split of the batch."""
+    align and sep are ceilings. Adaptive: a term that is satisfied steps back, to a tenth of its ceiling,
+    which it has where its value of the last step is as large as it starts. That value is detached, and
+    the same for any split of the batch."""
     weights = {"task": 1.0, "align": align, "sep": sep}
     if adaptive and last_terms:
         for name, start in (("align", 1.0), ("sep", math.log(2))):
             weights[name] *= min(max(last_terms.get(name, 0.0) / start, 0.1), 1.0)
     return weights
 
-
-def lr_scale(step, max_steps, warmup):
-    """Linear warm-up, then cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, max_steps - warmup)))
-
-
-# ---- The probe -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def infonce_probe(actor, data, chosen, autocast, device, rank, world):
@@ -136,8 +128,8 @@ def infonce_probe(actor, data, chosen, autocast, device, rank, world):
     actor.eval()
     K = len(chosen)
     scores = torch.zeros(K, K, device=device)
-    # pair (i, j) has number i * K + j. The ranks take turns; past the last pair one begins again at the first,
-    # because all ranks must make each pass, and does not count it
+    # pair (i, j) has number i * K + j. The ranks take turns; past the last pair one begins again at the
+    # first, because all ranks must make each pass, and does not count it
     for pair in range(rank, math.ceil(K * K / world) * world, world):
         i, j = divmod(pair % (K * K), K)  # sample i reads the message of sample j
         batch = collate([data.sample(chosen[i], "latent", source=chosen[j])], device)
@@ -158,12 +150,11 @@ def main(argv=None):
     rank, world, device = this_rank()
     check_args(args, world)
     latent = args.message == "latent"
-    inputs = {name: getattr(args, name) for name in INPUTS}
-    check_output("--output_dir", args.output_dir, [args.model_name_or_path, *inputs.values()])
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings["contents"] = {name: fingerprint(path) for name, path in inputs.items()}
-    run = Run(args.output_dir, settings, args.resume, rank)
-    state, source = run.state, run.checkpoint or args.model_name_or_path
+    inputs = [args.model_name_or_path, *(getattr(args, name) for name in INPUTS)]
+    check_output("--output_dir", args.output_dir, inputs)
+    run = Run(args.output_dir, run_settings(vars(args), INPUTS), args.resume, rank)
+    state = run.state
+    source = run.checkpoint or args.model_name_or_path
 
     # ---- data, all checked before a model is loaded ----------------------------------------------
     config = load_config(source, args.trust_remote_code)
@@ -200,7 +191,8 @@ def main(argv=None):
     if run.checkpoint:
         actor = LatentActor.load(source, "fp32", "cpu", args.trust_remote_code, check=False)
     else:
-        lm, adapter = load_lm(source, "fp32", "cpu", args.trust_remote_code, args.self_check), None
+        lm = load_lm(source, "fp32", "cpu", args.trust_remote_code, args.self_check)
+        adapter = None
         init_markers(lm, new_ids)
         info = {"kind": args.message,
                 "plan_announcement": args.plan_announcement,
@@ -216,16 +208,15 @@ def main(argv=None):
                          "dropout": args.adapter_dropout,
                          "scale": args.adapter_scale,
                          "output_scale": args.adapter_output_scale or rms / args.adapter_scale}
-            kind = "model:LinearMap" if args.adapter in CLOSED_FORM else args.adapter
-            info["adapter"] = {"class": kind, "arguments": arguments}
+            info["adapter"] = {"class": CLOSED_FORM.get(args.adapter, args.adapter), "arguments": arguments}
             adapter = make_adapter(info["adapter"])
             if rank == 0:
                 print(f"adapter {data.sender_dim} -> {config.hidden_size}: s = {args.adapter_scale}, "
                       f"g = {arguments['output_scale']:.3f} (the actor's word embeddings have RMS {rms:.3f})")
         actor = LatentActor(lm, tokenizer, adapter, info)
 
-    # ---- adapter alone, on messages without the LM (ours, not the paper's). Every rank does all of it, so it is
-    # the same on any number of them; a kill before the first checkpoint starts it again
+    # ---- adapter alone, on messages without the LM (ours, not the paper's). Every rank does all of it, so
+    # it is the same on any number of them; a kill before the first checkpoint starts it again
     if fits_words and not run.checkpoint:
         adapter.eval().to(device)
         table = word_embeddings(lm, most=2**31).to(device)  # (V, D)
@@ -238,12 +229,12 @@ def main(argv=None):
             return states[mask], adapter(states, mask)[mask], words  # (N, d_s), (N, D), N lists
 
         def report(when):
-            tried, whose = (eval_indices, "held-out") if eval_indices else (train_indices, "training")
+            tried = eval_indices or train_indices
             with torch.no_grad():
                 _, vectors, words = read(eval_data, tried[:16])
             right, cosine = nearness(vectors, words, table)
             if rank == 0:
-                print(f"adapter {when}: nearest word right {right:.3f}, cosine {cosine:.3f} ({whose} messages)")
+                print(f"adapter {when}: nearest word right {right:.3f}, cosine {cosine:.3f}")
 
         if args.adapter == "procrustes":
             states, _, words = read(data, train_indices[:512])
@@ -265,7 +256,8 @@ def main(argv=None):
     if args.compile:  # layer by layer: equal layers are compiled once, and FSDP2 can gather between them
         for layer in decoder_layers(actor.lm):
             layer.compile(dynamic=True)
-    learner, write_model, layers = actor.train(), actor.save, decoder_layers(actor.lm) if args.fsdp else []
+    learner, write_model = actor.train(), actor.save
+    layers = decoder_layers(actor.lm) if args.fsdp else []
 
     # ---- ranks: DDP holds everything on every rank; FSDP2 holds 1/world of the learner's parameters,
     # gradients and Adam's moments, and gathers one decoder layer at a time; all else forms one more unit
@@ -315,13 +307,14 @@ def main(argv=None):
         with autocast():
             return actor(collate([eval_data.sample(n, args.message) for n in chosen], device))["task"]
 
+    held_out_loss = functools.partial(evaluate, learner, eval_loss, eval_data, eval_indices,
+                                      args.per_device_eval_batch_size, device, rank, world)
     warmup = max(1, round(args.warmup_ratio * max_steps))
     bar = progress(total=max_steps, initial=state["step"], desc="train", unit="step", rank=rank)
     stop_signals = catch_stop()
     if max_steps == 0:  # the LM stays as it is
         if eval_indices:
-            run.note_eval(evaluate(learner, eval_loss, eval_data, eval_indices,
-                                   args.per_device_eval_batch_size, device, rank, world), 0)
+            run.note_eval(held_out_loss(), patience=0)
             bar.write(f"eval_loss {state['best_eval_loss']:.4g}")
         run.save(learner, write_model, optimizer, args.save_total_limit)
     for step in range(state["step"], max_steps):
@@ -380,8 +373,7 @@ def main(argv=None):
                   "lr": args.learning_rate * scale, "grad_norm": grad_norm, "eval_loss": None}
         is_best = False
         if eval_indices and (done % args.eval_steps == 0 or state["stopped"]):
-            record["eval_loss"] = evaluate(learner, eval_loss, eval_data, eval_indices,
-                                           args.per_device_eval_batch_size, device, rank, world)
+            record["eval_loss"] = held_out_loss()
             is_best = run.note_eval(record["eval_loss"], args.early_stopping_patience)
         if latent and args.infonce_probe_interval:
             record |= {"infonce": None, "infonce_bound": None}
@@ -395,11 +387,9 @@ def main(argv=None):
         record["tokens_per_s"] = round(seen_tokens * world / seconds)
         record["memory_gb"] = round(memory_gb(device), 2)
         if rank == 0:
-            run.log(record)
+            line = run.log(record)
             if done % args.logging_steps == 0 or record["eval_loss"] is not None:
-                shown = [f"{name} {value:.4g}" for name, value in record.items()
-                         if value is not None and name not in NOT_SHOWN]
-                bar.write(f"step {done}/{max_steps} " + " ".join(shown))
+                bar.write(f"step {done}/{max_steps} {line}")
         bar.update()
 
         # save
@@ -411,7 +401,7 @@ def main(argv=None):
                 raise SystemExit(STOP_EXIT)
     bar.close()
 
-    # ---- files: the output directory itself becomes the best model, or the last where nothing was held out ----
+    # ---- files: the output directory becomes the best model, or the last where nothing was held out ------
     if rank == 0:
         best = run.publish(["loss", *state.get("last_terms", []), "eval_loss"], "nats per supervised token")
         print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")

@@ -306,7 +306,7 @@ def test_a_file_without_ids_finds_its_own_messages(world, tmp_path, form):
     for kept in (records, records[::-1], records[3:]):
         data = read(some, kept, task_turn=2)
         for n, turns in enumerate(data.turns):
-            assert turns[-2]["content"] == f"instruction\n\ntask {data.latents(n)[0, 0]:.0f}"
+            assert turns[-2]["content"] == f"instruction\n\ntask {data.shards[data.ids[n]][0, 0]:.0f}"
     with pytest.raises(UserError, match="id .*: no message"):  # the hash of another turn
         read(some, records[:1])
 

@@ -418,17 +418,6 @@ def test_where_every_game_crashes_there_is_no_result(world, tmp_path, refuses, m
     assert main(flags)["no_comm"]["success"] == 1  # the same command plays again what crashed
 
 
-class MisreadingGame(Game):
-    @staticmethod
-    def parse_action(reply):
-        return reply.split("Action: ")[1]
-
-
-def test_a_reply_that_a_game_cannot_read_is_one_line(world, tmp_path, refuses):
-    refuses(main, argv(world, tmp_path, "--env", "test_eval_alfworld:MisreadingGame", "--variants", "no_comm"),
-            "MisreadingGame.parse_action", "IndexError")
-
-
 def test_no_game_outlives_an_error(world, tmp_path, monkeypatch):
     def play(*args, **more):
         assert len(multiprocessing.active_children()) == 2

@@ -96,7 +96,7 @@ def test_a_negative_is_another_tasks_whole_message(data):
     """Guards L_sep: never the sample's own task, alone in its batch as well, and with the same r."""
     for draw in range(60):
         batch, _, other = make_batches(data, [(draw, draw % 8)], **PASSES)
-        tasks = [data.tasks[n] for n in range(8) if torch.equal(data.latents(n), other["latents"][0])]
+        tasks = [data.tasks[n] for n in range(8) if torch.equal(data.shards[data.ids[n]], other["latents"][0])]
         assert tasks and tasks != [data.tasks[draw % 8]]
         shares = [b["keep_mask"].float().mean().item() for b in (batch, other)]
         assert abs(shares[0] - shares[1]) < 0.34  # the same r: messages have 3 to 7 states

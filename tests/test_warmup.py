@@ -42,7 +42,7 @@ def how_near(path, world):
     """(nearest word right, cosine) of all messages under the actor at `path`."""
     actor, shards = LatentActor.load(path), open_shards(world["hidden_data"])
     data = Conversations(world["train_file"], actor.tokenizer, shards)
-    vectors = [actor.adapter(data.latents(n)[None], torch.ones(1, len(data.latents(n)), dtype=torch.bool))[0]
+    vectors = [actor.adapter(data.shards[data.ids[n]][None], torch.ones(1, len(data.shards[data.ids[n]]), dtype=torch.bool))[0]
                for n in range(len(data))]
     words = [ids for n in range(len(data)) for ids in data.words(n)]
     return nearness(torch.cat(vectors), words, word_embeddings(actor.lm, 2**31))
