@@ -4,7 +4,7 @@ ALFWorld's own games on two cores: a language model of 1.5 million parameters, m
   pip install alfworld && alfworld-download             the games, in ~/.cache/alfworld or $ALFWORLD_DATA
   python examples/alfworld_small.py --fast              # nine minutes on 2 cores: shows that it runs
   python examples/alfworld_small.py                     # two hours on 2 cores
-  python examples/alfworld_small.py --seeds 0 1 2       # three seeds, pooled
+  python examples/alfworld_small.py --seeds 0 1 2       # three seeds; the unit stays the game
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was.
 
@@ -23,12 +23,15 @@ as the paper's two agents do, reads the room and the goal only:
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
     4. the report           alfworld.json, a table, alfworld.png
 """
+import csv
 import functools
+import glob
 import lzma
 import os
 import platform
 import random
 import re
+import statistics
 import sys
 
 import torch
@@ -39,12 +42,13 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import (  # noqa: E402
-    atomic_path, one_line_errors, plot_bars, progress, read_json, remove, wilson_interval, write_json, write_text)
+    atomic_path, one_line_errors, plot_bars, progress, read_json, remove, write_json, write_text)
 from data import Conversations  # noqa: E402
 from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, once, open_output, stage)
 from games import open_split  # noqa: E402
 from model import collate, open_shards  # noqa: E402
+from variants import bootstrap_interval, differences  # noqa: E402
 
 SPLITS = ["valid_seen", "valid_unseen"]
 SAVE_STEPS = 50  # of the language models
@@ -56,8 +60,8 @@ SHAPE = {
     "num_key_value_heads": 6,
 }
 SIZES = {  # by --fast: steps and counts
-    False: {"base": 1600, "llama": 500, "actor": 300, "student": 1000, "games": 140},
-    True: {"base": 60, "llama": 30, "actor": 4, "student": 4, "games": 20},
+    False: {"base": 1600, "llama": 500, "warm": 200, "actor": 120, "search": 300, "student": 1000, "games": 140},
+    True: {"base": 60, "llama": 30, "warm": 20, "actor": 4, "search": 4, "student": 4, "games": 20},
 }
 
 # ---- 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not ----
@@ -186,7 +190,7 @@ def language_models(out, seed, sizes):
 # ---- 3. The stages -------------------------------------------------------------------------------
 
 def one_seed(out, seed, sizes, from_games):
-    """Every stage -> {split: {row: the evaluator's figures}}."""
+    """Every stage -> {split: {row: {game: whether it was won}}}."""
     run = functools.partial(stage, out, seed=seed, **sizes)
 
     # --- demonstrations, and the models that learn from them
@@ -203,21 +207,19 @@ def one_seed(out, seed, sizes, from_games):
     from_game = collect + "--env examples.alfworld_house:SeenHouse --split {split} --max_samples {games}"
     for sender in ("base", "llama"):
         run(f"{sender}, train", from_file, sender=sender, name=sender, split="train")
-        for split in SPLITS:
-            run(f"{sender}, {split}", from_game, sender=sender, name=sender, split=split)
         write_told(out, sender)
 
-    # --- stage 2: an actor for each sender, and one that has learned to search without messages
+    # --- stage 2: an actor for each sender, whose adapter first learns alone, in seconds; the rate is one that does
+    # not undo that. And an actor that has learned to search without messages
     train = """train_actor.py --model_name_or_path {out}/base --task_turn 2 --plan_announcement 'plan :'
-        --max_steps {actor} --global_batch_size 32 --per_device_train_batch_size 16 --learning_rate 1e-3
-        --adam_beta2 0.98 --eval_ratio 0.03 --eval_steps 40 --save_steps 20 --logging_steps 10
-        --seed {seed} """
+        --global_batch_size 32 --per_device_train_batch_size 16 --adam_beta2 0.98 --eval_ratio 0.03
+        --eval_steps 20 --save_steps 20 --logging_steps 10 --seed {seed} """
     read = """--train_file {out}/{sender}_told.json --hidden_data {out}/{sender}_train
-        --output_dir {out}/{sender}_actor --adapter_learning_rate 3e-3 --curriculum 0
-        --plan_similarity_weight 0.5 --random_contrast_weight 0.1"""
+        --output_dir {out}/{sender}_actor --adapter_warmup_steps {warm} --max_steps {actor} --learning_rate 3e-4
+        --curriculum 0 --plan_similarity_weight 0.5 --random_contrast_weight 0.1"""
     for sender in ("base", "llama"):
         run(f"actor of {sender}", train + read, sender=sender)
-    run("actor without messages", train + """
+    run("actor without messages", train + """--max_steps {search} --learning_rate 1e-3
         --train_file {out}/train_search.jsonl --message none --output_dir {out}/search_actor""")
 
     # --- stage 3: the sender learns to say it in 8 latent steps
@@ -231,17 +233,16 @@ def one_seed(out, seed, sizes, from_games):
 
     # --- stage 4: play; rows that need another sender or another actor have a table of their own
     play = """eval_alfworld.py --env examples.alfworld_house:SeenHouse --split {split} --num_episodes {games}
-        --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed}
-        --output_path {out}/play/{table}_{split} """
+        --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed} --max_plan_tokens 40
+        --sender_batch_size 140 --output_path {out}/play/{table}_{split} """
     tables = {
-        "main": """--model_path {out}/base_actor --hidden_data {out}/base_{split}
-            --baseline_path {out}/search_actor
-            --variants latent text no_comm no_cot cross_task randomrot whitenoise
+        "main": """--model_path {out}/base_actor --sender {out}/base --baseline_path {out}/search_actor
+            --variants latent text no_comm no_cot cross_task self randomrot whitenoise
             --messages keep8={out}/keep8_{split} k8_untrained={out}/untrained_{split}""",
-        "llama": "--model_path {out}/llama_actor --hidden_data {out}/llama_{split}",
+        "llama": "--model_path {out}/llama_actor --sender {out}/llama",
         "k8": "--model_path {out}/base_actor --sender {out}/student",
     }
-    results = {}
+    wins = {}
     for split in SPLITS:
         run(f"first 8 states, {split}", from_game + " --c 8", sender="base", name="keep8", split=split)
         run(f"8 steps, untrained, {split}", from_game + " --latent_steps 8", sender="base", name="untrained",
@@ -249,10 +250,30 @@ def one_seed(out, seed, sizes, from_games):
         rows = {}
         for table, flags in tables.items():
             run(f"play {table}, {split}", play + flags, split=split, table=table)
-            variants = read_json(f"{out}/play/{table}_{split}/summary.json")["variants"]
-            rows |= variants if table == "main" else {table: next(iter(variants.values()))}
-        results[split] = {row: rows[row] for row in MEANING}
-    return results
+            played = wins_of(f"{out}/play/{table}_{split}")
+            rows |= played if table == "main" else {table: next(iter(played.values()))}
+        wins[split] = {row: rows[row] for row in MEANING}
+    return wins
+
+
+def wins_of(folder):
+    """What an evaluation played -> {row: {game: whether it was won}}."""
+    wins = {}
+    with open(f"{folder}/results.csv", newline="") as file:
+        for episode in csv.DictReader(file):
+            wins.setdefault(episode["variant"], {})[episode["id"]] = episode["success"] == "True"
+    return wins
+
+
+def obedience(folder):
+    """Under another game's message: games whose first visit is where that message says -> [games, of all]."""
+    plans, obeyed = open_shards(f"{folder}/messages").records, []
+    for path in sorted(glob.glob(f"{folder}/episodes/cross_task/run0/*.json")):
+        episode = read_json(path)
+        said = re.search(r"from (\S+ \d+)", plans[episode["message_of"]]["plan"])
+        visits = [turn["action"] for turn in episode["turns"] if re.match("(go to|examine) ", turn["action"] or "")]
+        obeyed.append(bool(said and visits and visits[0].endswith(f" {said[1]}")))
+    return [sum(obeyed), len(obeyed)]
 
 
 # ---- 4. The report -------------------------------------------------------------------------------
@@ -263,6 +284,7 @@ MEANING = {
     "no_comm": "no message, same actor",
     "no_cot": "no message, an actor that learned to search",
     "cross_task": "another game's states",
+    "self": "of the sender, told what the actor is",
     "randomrot": "states rotated at random",
     "whitenoise": "states in noise of their power",
     "llama": "a Llama's states, an actor that learned them",
@@ -272,49 +294,62 @@ MEANING = {
 }
 
 
-def pool(results, seeds, splits):
-    """Wins and games of these seeds and splits -> {row: [wins, games]}."""
-    counts = {row: [0, 0] for row in MEANING}
-    for seed in seeds:
-        for split in splits:
-            for row, figures in results[seed][split].items():
-                counts[row][0] += round(figures["success"] * figures["games"])
-                counts[row][1] += figures["games"]
-    return counts
+def pool(wins, splits):
+    """{row: {game: its wins, averaged over seeds}}: whatever the number of seeds, the unit is the game."""
+    table = {}
+    for row in MEANING:
+        by_seed = [{(split, game): won for split in splits for game, won in of_seed[split][row].items()}
+                   for of_seed in wins.values()]
+        table[row] = {game: statistics.fmean(won[game] for won in by_seed) for game in by_seed[0]}
+    return table
 
 
-def report(out, results, sizes, seconds):
-    """alfworld.json, the table and its picture; every interval is Wilson's, over games and seeds."""
-    parts = {"seen": SPLITS[:1], "unseen": SPLITS[1:], "all": SPLITS}
-    tables = {part: pool(results, results, splits) for part, splits in parts.items()}
-    by_seed = [pool(results, [seed], SPLITS) for seed in results]
-    print(f"\n{'':14s}{'what the actor gets':46s}" + "".join(f"{part:22s}" for part in parts) + "all, by seed")
+def report(out, wins, sizes, seconds):
+    """alfworld.json, the table and its picture. wins: {seed: {split: {row: {game: whether it was won}}}}."""
+    tables, compared = {}, {}
+    for part, splits in {"seen": SPLITS[:1], "unseen": SPLITS[1:], "all": SPLITS}.items():
+        games = pool(wins, splits)
+        seeds = [pool({seed: wins[seed]}, splits) for seed in wins]
+        compared[part] = differences(games)
+        tables[part] = {}
+        for row, won in games.items():
+            tables[part][row] = {
+                "success": statistics.fmean(won.values()),
+                "interval": bootstrap_interval(list(won.values())),
+                "games": len(won),
+                "by_seed": [statistics.fmean(table[row].values()) for table in seeds],
+            }
+    obeyed = {seed: {split: obedience(f"{out}/seed{seed}/play/main_{split}") for split in SPLITS} for seed in wins}
+
+    print(f"\n{'':14s}{'what the actor gets':46s}" + "".join(f"{part:22s}" for part in tables) + "all, by seed")
     for row, meaning in MEANING.items():
         line = f"{row:14s}{meaning:46s}"
         for table in tables.values():
-            wins, games = table[row]
-            low, high = wilson_interval(wins, games)
-            line += f"{wins / games:.3f} [{low:.2f}, {high:.2f}]    "
-        for table in by_seed:
-            wins, games = table[row]
-            line += f"{wins / games:.3f} "
-        print(line)
+            low, high = table[row]["interval"]
+            line += f"{table[row]['success']:.3f} [{low:.2f}, {high:.2f}]    "
+        print(line + " ".join(f"{success:.3f}" for success in tables["all"][row]["by_seed"]))
+    for name, (value, low, high) in compared["all"].items():
+        print(f"{name:14s}{value:+.3f} [{low:+.2f}, {high:+.2f}] over all games, whose seeds are averaged")
+    counts = [count for splits in obeyed.values() for count in splits.values()]
+    games, of_all = map(sum, zip(*counts))
+    print(f"cross_task: in {games} of {of_all} games the first visit is where the other game's message says")
 
-    rates = [wins / games for wins, games in tables["all"].values()]
-    intervals = [wilson_interval(wins, games) for wins, games in tables["all"].values()]
-    n_games = tables["all"]["latent"][1]
-    plot_bars(f"{out}/alfworld.png", list(MEANING.values()), rates, intervals,
-              f"games won, of {n_games} never trained on (95 % Wilson interval)")
+    rows = tables["all"].values()
+    plot_bars(f"{out}/alfworld.png", list(MEANING.values()), [row["success"] for row in rows],
+              [row["interval"] for row in rows],
+              f"share of {tables['all']['latent']['games']} games won that no model was trained on (95 % interval)")
     machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
-    write_json(f"{out}/alfworld.json", {"command": " ".join(sys.argv), "machine": machine, "hours": hours,
-                                        "sizes": sizes, "seconds": seconds, "pooled": tables, "seeds": results})
+    write_json(f"{out}/alfworld.json", {
+        "command": " ".join(sys.argv), "machine": machine, "hours": hours, "sizes": sizes, "seconds": seconds,
+        "tables": tables, "differences": compared, "obeyed": obeyed})
     print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
 
 
 def get_args(argv):
     parser = demo_parser("alfworld_small.py", __doc__, "alfworld_out", "20 games of each split, weak models")
-    parser.flag("--seeds", [0], "of the models and of all that is drawn; the table pools them", nargs="+", type=int)
+    parser.flag("--seeds", [0], "of the models and of all that is drawn; a game's wins are averaged over them",
+                nargs="+", type=int)
     parser.add_argument("--from_games", action="store_true", help="play the training games anew for their "
                         "demonstrations, an hour, instead of unpacking those of assets/")
     return parser.parse_args(argv)
@@ -328,11 +363,11 @@ def main(argv=None):
     out, sizes = args.output_dir, SIZES[args.fast]
     open_output(out, {"example": "alfworld_small", "sizes": sizes, "from_games": args.from_games}, args.fresh)
 
-    results, seconds = {}, {}
+    wins, seconds = {}, {}
     for seed in args.seeds:
-        results[seed] = one_seed(f"{out}/seed{seed}", seed, sizes, args.from_games)
+        wins[seed] = one_seed(f"{out}/seed{seed}", seed, sizes, args.from_games)
         seconds[seed] = read_json(f"{out}/seed{seed}/seconds.json")
-    report(out, results, sizes, seconds)
+    report(out, wins, sizes, seconds)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """examples/alfworld_small.py on six small made games: every stage through its script, and what is written."""
 import json
 import os
+import random
 
 import pytest
 import torch
 
 from alfworld_fixture import make_games
-from common import read_json, write_text
+from common import read_json, write_json, write_text
 from examples import alfworld_small
 from hf import load_lm, load_tokenizer
 from model import open_shards, write_shard
@@ -23,7 +24,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALFWORLD_DATA", make_games(folder / "data", ["train", *alfworld_small.SPLITS], legacy=True))
-        patch.setitem(alfworld_small.SIZES, True, {"base": 30, "llama": 30, "actor": 2, "student": 2, "games": 2})
+        patch.setitem(alfworld_small.SIZES, True, {"base": 30, "llama": 30, "warm": 2, "actor": 2, "search": 2,
+                                                   "student": 2, "games": 2})
         patch.setattr(alfworld_small, "SHAPE", TINY)
         alfworld_small.main(["--fast", "--from_games", "--output_dir", f"{folder}/out"])
     return f"{folder}/out"
@@ -32,23 +34,56 @@ def small(tmp_path_factory):
 def test_every_row_of_both_splits(small):
     result = read_json(f"{small}/alfworld.json")
     assert os.path.getsize(f"{small}/alfworld.png") > 10_000
-    for split in alfworld_small.SPLITS:
-        rows = result["seeds"]["0"][split]
-        assert list(rows) == list(alfworld_small.MEANING)
-        for figures in rows.values():
-            assert figures["games"] == 2 and figures["crashed"] == 0
-    assert {counts[1] for counts in result["pooled"]["all"].values()} == {4}
+    for part, n_games in (("seen", 2), ("unseen", 2), ("all", 4)):
+        assert list(result["tables"][part]) == list(alfworld_small.MEANING)
+        for row in result["tables"][part].values():
+            assert row["games"] == n_games and row["by_seed"] == [row["success"]]
+            assert row["interval"][0] <= row["success"] <= row["interval"][1]
+    assert list(result["differences"]["all"]) == ["gain", "pairing", "presence", "own_thoughts"]
+    assert [counts[1] for counts in result["obeyed"]["0"].values()] == [2, 2]
     # the row of another family: a Llama's messages, and the actor that learned them
     settings = read_json(f"{small}/seed0/play/llama_valid_seen/settings.json")
-    assert settings["model_path"].endswith("llama_actor") and settings["hidden_data"].endswith("llama_valid_seen")
+    assert settings["model_path"].endswith("llama_actor") and settings["sender"].endswith("/llama")
     assert read_json(f"{small}/seed0/llama/config.json")["model_type"] == "llama"
+
+
+def test_seeds_are_no_games(small, tmp_path, monkeypatch):
+    """Three seeds that play alike say no more than one of them; three that differ are averaged game by game."""
+    monkeypatch.setattr(alfworld_small, "obedience", lambda folder: [1, 2])
+    monkeypatch.setattr(alfworld_small, "MEANING", {"latent": "", "no_comm": ""})
+    rng, tables = random.Random(0), []
+    wins = {split: {row: {f"{split}{n}": rng.random() < 0.6 for n in range(40)} for row in alfworld_small.MEANING}
+            for split in alfworld_small.SPLITS}
+    for seeds in ([0], [0, 1, 2]):
+        alfworld_small.report(str(tmp_path), dict.fromkeys(seeds, wins), {}, {seed: {"a": 1.0} for seed in seeds})
+        tables.append(read_json(f"{tmp_path}/alfworld.json"))
+    for part in ("seen", "all"):
+        for one, three in zip(*(table["tables"][part].values() for table in tables)):
+            assert one["interval"] == three["interval"] and three["by_seed"] == one["by_seed"] * 3
+        assert tables[0]["differences"][part] == tables[1]["differences"][part]
+    other = {split: {row: {game: not won for game, won in games.items()} for row, games in rows.items()}
+             for split, rows in wins.items()}
+    assert set(alfworld_small.pool({0: wins, 1: other}, alfworld_small.SPLITS)["latent"].values()) == {0.5}
+
+
+def test_obedience(tmp_path):
+    records = {}
+    for n, place in enumerate(("desk 1", "desk 11", "shelf 2")):
+        records[str(n)] = {"task": "", "plan": f"take mug 1 from {place} , go", "plan_token_ids": [0]}
+        visits = [{"action": action} for action in (None, "look", "go to desk 1", "go to shelf 2")]
+        write_json(f"{tmp_path}/episodes/cross_task/run0/{n}.json", {"message_of": str(n), "turns": visits})
+    write_shard(f"{tmp_path}/messages/latents-rank00000-00000.safetensors",
+                {key: torch.zeros(1, 4) for key in records}, records, {"hidden_size": 4})
+    assert alfworld_small.obedience(str(tmp_path)) == [1, 3]
 
 
 def test_the_sender_knows_the_place_and_the_actor_does_not(small):
     seed = f"{small}/seed0"
     for split in alfworld_small.SPLITS:
-        for record in open_shards(f"{seed}/base_{split}").records.values():
+        for record in open_shards(f"{seed}/play/main_{split}/messages").records.values():
             assert record["task"].startswith("You have seen this house: ")
+        for record in open_shards(f"{seed}/play/main_{split}/self/messages").records.values():
+            assert record["task"].startswith("You are in the middle of a room")
     for name in os.listdir(f"{seed}/play/main_valid_seen/episodes/latent/run0"):
         episode = read_json(f"{seed}/play/main_valid_seen/episodes/latent/run0/{name}")
         assert "You have seen" not in episode["first_turn"] and episode["message_length"] > 0
