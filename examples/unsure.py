@@ -42,9 +42,8 @@ from common import one_line_errors, read_json, save_figure, wilson_interval, wri
 from examples.household import (  # noqa: E402
     APPLIANCES, LOCATIONS, OBJECTS, PLACES, TARGETS, TYPES, Household, conversation, expert, goal, held_out, look_into)
 from examples.scratch import (  # noqa: E402
-    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, once, one_turn, open_output, spans_of, stage)
-from hf import lm_logits, load_lm  # noqa: E402
-from model import free_name, open_shards, write_shard  # noqa: E402
+    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, spans_of, stage)
+from model import open_shards  # noqa: E402
 
 # ---- 1. The world: the household, where the object was seen at two places ------------------------
 
@@ -221,6 +220,7 @@ ACTORS = {  # row of the table: (world, its messages, flags of train_actor.py)
     "text of both places": ("BothWritten", "messages", "--message text"),
     "likeliest word": ("OneWord", "likeliest", "--curriculum 0"),
     "expected word": ("OneWord", "expected", "--curriculum 0"),
+    "latent, adapter warmed up": ("OneWord", "messages", "--curriculum 0 --adapter_warmup_steps 100"),
     "latent, usual curriculum": ("OneWord", "messages", ""),
     "latent, plan similarity": ("OneWord", "messages", "--curriculum 0 --plan_similarity_weight 0.5"),
     "latent, no 'or' read before": ("NeverOr", "messages", "--curriculum 0"),
@@ -230,7 +230,9 @@ ACTORS = {  # row of the table: (world, its messages, flags of train_actor.py)
     "text, sightings 2:1": ("TwoToOne", "messages", "--message text"),
 }
 SHORT = ["latent", "text"]  # the rows without --all
-CURVES = {"latent": "tab:blue", "text": "tab:orange", "latent, no 'or' read before": "tab:green"}
+CURVES = {"latent": "tab:blue", "latent, adapter warmed up": "tab:red", "text": "tab:orange",
+          "latent, no 'or' read before": "tab:green"}
+SENDS = {"messages": "last", "expected": "expected", "likeliest": "examples.unsure:likeliest"}  # what --send sends
 CONTROLS = {"no_comm": "no message", "cross_task": "another task's message", "randomrot": "rotated at random"}
 
 
@@ -249,13 +251,7 @@ def prepare(out, name, seed, sizes):
     world = WORLDS[name]
     tokenizer, draw = build_tokenizer(vocabulary(world)), functools.partial(samples, world)
     make_lm(f"{out}/base", tokenizer, "base", draw, seed, sizes["base"])
-    for split in ("train", "test"):
-        stage(out, f"collect {split}", """
-            collect.py custom --env examples.unsure:{world} --split {split}-{seed} --max_samples {n}
-            --model_name_or_path {out}/base --prompt_template '{{task}}' --max_new_tokens 20 --batch_size 100
-            --torch_dtype fp32 --output_dir {out}/messages_{split}""",
-              world=name, split=split, seed=seed, n=sizes[split])
-
+    collect(out, name, "messages", seed, sizes)
     records = open_shards(f"{out}/messages_train").records
     demonstrations, n_named = [], 0
     for task in world.tasks(f"train-{seed}")[:sizes["train"]]:
@@ -268,22 +264,20 @@ def prepare(out, name, seed, sizes):
     write_json(f"{out}/train.json", demonstrations)
 
 
-def write_words(out, split, word):
-    """Messages between word and state: each state becomes the sender's embedding of its likeliest word, or
-    the mean embedding under its distribution (CIPHER, arXiv 2310.06272)."""
-    shards = open_shards(f"{out}/messages_{split}")
-    lm = load_lm(f"{out}/base", check=False)
-    table = lm.get_input_embeddings().weight.detach()  # (V, D)
-    latents = {}
-    for task_id in shards.records:
-        with torch.no_grad():
-            logits = lm_logits(lm, shards[task_id].float())  # (L, V)
-        if word == "likeliest":
-            latents[task_id] = table[logits.argmax(-1)]  # (L, D)
-        else:
-            latents[task_id] = logits.softmax(-1) @ table
-    sender = {**shards.sender, "vectors": f"{word} word"}
-    write_shard(free_name(f"{out}/{word}_{split}"), latents, shards.records, sender)
+def likeliest(lm, hidden_states, logits):
+    """Between state and word: the embedding of the likeliest word. (`expected`, the mean under the sender's
+    distribution, is CIPHER's, arXiv 2310.06272.)"""
+    return lm.get_input_embeddings()(logits.argmax(-1))
+
+
+def collect(out, world, messages, seed, sizes):
+    """The messages of both splits; greedy plans are the same whatever is sent of their states."""
+    for split in ("train", "test"):
+        stage(out, f"collect {messages} {split}", """
+            collect.py custom --env examples.unsure:{world} --split {split}-{seed} --max_samples {n}
+            --model_name_or_path {out}/base --prompt_template '{{task}}' --max_new_tokens 20 --batch_size 100
+            --torch_dtype fp32 --send {send} --output_dir {out}/{messages}_{split}""",
+              world=world, split=split, seed=seed, n=sizes[split], send=SENDS[messages], messages=messages)
 
 
 def train(out, folder, messages, flags, seed, sizes):
@@ -352,9 +346,7 @@ def one_row(out, row, seed, sizes):
     folder, variant = folder_of(row), variant_of(flags)
     if not os.path.exists(f"{out}/train.json"):
         prepare(out, world, seed, sizes)
-    if messages != "messages":
-        for split in ("train", "test"):
-            once(out, f"{messages} {split}", functools.partial(write_words, out, split, messages))
+    collect(out, world, messages, seed, sizes)
     train(out, folder, messages, flags, seed, sizes)
 
     controls = CONTROLS if row == "latent" else {}
