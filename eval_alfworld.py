@@ -373,10 +373,9 @@ def main(argv=None):
                         actor, batch, all_tasks, rows, workers, game=game, split=args.split, instruction=opening,
                         seed=args.seed, max_steps=args.max_steps, max_new_tokens=args.max_new_tokens,
                         temperature=args.temperature, read_again=one_by_one):
-                    record["tokens_per_s"] = 1000 * record["tokens"] / max(record["actor_ms"], 1e-9)
-                    record["peak_memory_gb"] = memory_gb(device)
-                    record["device"] = device.split(":")[0]
-                    record["dtype"] = args.torch_dtype
+                    record |= {"tokens_per_s": 1000 * record["tokens"] / max(record["actor_ms"], 1e-9),
+                               "peak_memory_gb": memory_gb(device),
+                               "device": device.split(":")[0], "dtype": args.torch_dtype}
                     path = episode_path(args.output_path, record["variant"], record["run"], record["id"])
                     write_json(path, record)
                     bar.update()

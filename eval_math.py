@@ -151,10 +151,6 @@ def answer_jobs(actor, jobs, tasks, rows, grader, *, question_template=MATH_QUES
 
 # ---- 2. Results ----------------------------------------------------------------------------------
 
-def json_lines(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def read_parts(directory):
     """{(variant, id, draw): answer} of all ranks of all runs; a line that a kill tore is skipped."""
     answers = {}
@@ -387,7 +383,7 @@ def main(argv=None):
                         raise
                     raise UserError(f"out of memory with {len(batch)} answers at a time: lower --batch_size; "
                                     f"what is finished is kept, the same command goes on") from error
-                part.write(json_lines(answers))
+                part.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
                 part.flush()
                 os.fsync(part.fileno())
                 bar.update(len(batch))
@@ -401,7 +397,8 @@ def main(argv=None):
     # ---- the files and the table, from the answers on disk
     done = read_parts(parts)
     answers = [done[label, task["id"], run] for label in rows for task in tasks for run in runs]
-    write_text(os.path.join(args.output_dir, "detailed_results.jsonl"), json_lines(answers))
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+    write_text(os.path.join(args.output_dir, "detailed_results.jsonl"), "".join(lines))
     summary = summarize(answers, grader)
     write_results(args.output_dir, settings, rows, summary, answers, "correct", TABLE, "accuracy",
                   "accuracy (95 % Wilson interval)", f"{len(tasks)} problems")

@@ -240,33 +240,25 @@ class GameWorkers:
     `timeout` seconds (num_workers above 0 only). `ms`: how long each slot's last request took."""
 
     def __init__(self, make_game, num_workers=0, timeout=120):
-        self.make_game, self.timeout, self.closed, self.forking = make_game, timeout, False, threading.Lock()
+        self.make_game, self.timeout = make_game, timeout
         self.games, self.ms, self.worker_of_task, self.worker_of_slot = {}, {}, {}, {}
         self.workers = [self.start() for _ in range(num_workers)]  # [(executor, its process)]
-        self.threads = [futures.ThreadPoolExecutor(1) for _ in self.workers]  # each waits for one worker
 
     def start(self):
-        # fork takes 0.05 s and 20 MB, spawn 3 s and 170 MB; games use neither torch nor the GPU. One at a time:
-        # a process that inherits another's half-made pipes hides that the other has died.
-        with self.forking:
-            context = multiprocessing.get_context("fork")
-            executor = futures.ProcessPoolExecutor(1, context, start_worker, (self.make_game,))
-            pid = executor.submit(os.getpid).result()  # the first job starts the process
-            return executor, next(child for child in multiprocessing.active_children() if child.pid == pid)
+        # fork takes 0.05 s and 20 MB, spawn 3 s and 170 MB; games use neither torch nor the GPU
+        context = multiprocessing.get_context("fork")
+        executor = futures.ProcessPoolExecutor(1, context, start_worker, (self.make_game,))
+        pid = executor.submit(os.getpid).result()  # the first job starts the process
+        return executor, next(child for child in multiprocessing.active_children() if child.pid == pid)
 
     def close(self):
-        self.closed = True
-        for (_, process), thread in zip(self.workers, self.threads):
-            thread.shutdown(wait=False, cancel_futures=True)  # nothing more is asked
-            process.kill()  # what was asked is over
-        for thread in self.threads:
-            thread.shutdown()
-        for executor, _ in self.workers:
+        for executor, process in self.workers:
+            process.kill()
             executor.shutdown()
 
     def request(self, method, arguments):
         """Call a method of the games of some slots, {slot: its argument} -> {slot: answer or Crash}."""
-        replies, waiting = {}, {}
+        replies, questions = {}, [[] for _ in self.workers]  # questions of each worker, in order
         for slot, argument in arguments.items():
             if not self.workers:
                 replies[slot] = ask(self.games, self.make_game, slot, method, argument)
@@ -274,29 +266,42 @@ class GameWorkers:
             if method != "step":
                 next_worker = len(self.worker_of_task) % len(self.workers)
                 self.worker_of_slot[slot] = self.worker_of_task.setdefault(argument["id"], next_worker)
-            n = self.worker_of_slot[slot]
-            waiting[slot] = self.threads[n].submit(self.ask_worker, n, slot, method, argument)
+            questions[self.worker_of_slot[slot]].append((slot, method, argument))
         try:
-            replies |= {slot: reply.result() for slot, reply in waiting.items()}
+            jobs = [self.submit(n, part) for n, part in enumerate(questions)]  # all workers are at it
+            start = time.perf_counter()
+            for n, part in enumerate(questions):
+                asked = start  # when the question whose answer is awaited came up
+                for k, (slot, _, _) in enumerate(part):
+                    replies[slot] = self.answer(n, jobs[n][k], asked)
+                    if jobs[n][k].exception():  # the worker is a new one, for the questions that wait
+                        jobs[n][k + 1:] = self.submit(n, part[k + 1:])
+                    asked = time.perf_counter()
         except BaseException:  # Ctrl-C does not wait for a game that hangs
             self.close()
             raise
         self.ms |= {slot: ms for slot, (_, ms) in replies.items()}
-        return {slot: answer for slot, (answer, _) in replies.items()}
+        return {slot: replies[slot][0] for slot in arguments}
 
     reset = functools.partialmethod(request, "reset")
     step = functools.partialmethod(request, "step")
 
-    def ask_worker(self, n, *question):
-        """One question to worker n, in the thread that waits for it -> (answer or Crash, milliseconds)."""
+    def submit(self, n, questions):
+        try:
+            return [self.workers[n][0].submit(ask_here, *question) for question in questions]
+        except futures.BrokenExecutor:  # its process died since it was last asked
+            self.workers[n] = self.start()
+            return self.submit(n, questions)
+
+    def answer(self, n, job, asked):
+        """What worker n answers -> (answer or Crash, milliseconds). One that does not is replaced."""
         executor, process = self.workers[n]
         try:
-            return executor.submit(ask_here, *question).result(self.timeout)
+            return job.result(max(0, asked + self.timeout - time.perf_counter()))
         except Exception as error:  # it hangs, it died, or its answer cannot be sent
             process.kill()
-            executor.shutdown()
-            if not self.closed:
-                self.workers[n] = self.start()  # for the questions that wait
+            executor.shutdown()  # now the job has an exception in any case
+            self.workers[n] = self.start()
             if isinstance(error, futures.TimeoutError):
                 return Crash(f"no answer within {self.timeout:g} s"), 1000 * self.timeout
             return Crash(f"its process died with exit code {process.exitcode}"), 0.0

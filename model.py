@@ -88,8 +88,7 @@ class HiddenStateProcessor(nn.Module):
 
 
 class LinearMap(nn.Module):
-    """An adapter that is not trained (train_actor.py --adapter none or procrustes): H W, W (d_s, d_a) at
-    first the identity."""
+    """An adapter that is not trained (--adapter none or procrustes): H W, W (d_s, d_a) at first the identity."""
 
     def __init__(self, sender_dim, dim, **unused):
         super().__init__()
