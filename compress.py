@@ -335,7 +335,7 @@ def main(argv=None):
     # ---- files: the output directory becomes the best model, or the last where nothing was held out ------
     if rank == 0:
         best = run.publish(["loss", *weights, "eval_loss"], "loss")
-        print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")
+        print(f"wrote {best} to {args.output_dir}")
         if data.instruction:  # conversations of ETO's kind are ALFWorld's
             print(f"next: python eval_alfworld.py --model_path {teacher_path} --sender {args.output_dir} "
                   f"--output_path {args.output_dir}_results")

@@ -404,7 +404,7 @@ def main(argv=None):
     # ---- files: the output directory becomes the best model, or the last where nothing was held out ------
     if rank == 0:
         best = run.publish(["loss", *state.get("last_terms", []), "eval_loss"], "nats per supervised token")
-        print(f"wrote {best} to {args.output_dir}, with loss_log.csv and loss_curve.png")
+        print(f"wrote {best} to {args.output_dir}")
         if data.instruction and latent:  # conversations of ETO's kind are ALFWorld's
             print(f"next: python eval_alfworld.py --model_path {args.output_dir} --sender {shards.sender['model']} "
                   f"--output_path {args.output_dir}_results")

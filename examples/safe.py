@@ -1,16 +1,16 @@
 """
 A game of one's own: the sender knows the code of a safe, the actor stands in front of it.
 
-Type this at the top of the repository; about a minute in all on a CPU:
+Type this at the top of the repository; half a minute in all on a CPU:
 
   python examples/safe.py                        # writes safe/train.json and two tiny language models
   python collect.py custom --env examples.safe:Safe --split train --model_name_or_path safe/sender \\
       --prompt_template '{task}' --max_new_tokens 12 --batch_size 100 --torch_dtype fp32 \\
       --output_dir safe/messages
   python train_actor.py --model_name_or_path safe/base --train_file safe/train.json \\
-      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 300 \\
-      --global_batch_size 32 --per_device_train_batch_size 32 --curriculum 0 1 \\
-      --learning_rate 1e-3 --adapter_learning_rate 3e-3 --logging_steps 50
+      --hidden_data safe/messages --plan_announcement 'plan :' --output_dir safe/actor --max_steps 40 \\
+      --global_batch_size 32 --per_device_train_batch_size 32 --curriculum 0 --learning_rate 3e-4 \\
+      --adapter_warmup_steps 50 --logging_steps 10
   python eval_alfworld.py --env examples.safe:Safe --split test --model_path safe/actor \\
       --sender safe/sender --prompt_template '{task}' --max_plan_tokens 12 \\
       --variants latent text no_comm cross_task --torch_dtype fp32 --batch_size 200 --max_new_tokens 8 \\
@@ -18,10 +18,10 @@ Type this at the top of the repository; about a minute in all on a CPU:
   python collect.py inspect safe/messages --id 001 --model_name_or_path safe/sender
 
 The actor then dials codes that it was never trained on and that only the states of `dial 1 2 3` can tell it:
-latent and text near 1, no_comm and cross_task near 0. (--curriculum 0 1: a message is all states or all words,
-which so small an actor learns twice as fast as the paper's mixtures.) With real models, their names replace
-safe/sender and safe/base, the flags from --max_steps to --adapter_learning_rate go, and so does the second half
-of this file.
+latent and text near 1, no_comm and cross_task near 0. (--adapter_warmup_steps: the adapter learns alone first. Without
+it, and with the paper's mixtures of states and words, so small an actor takes 300 steps.) With real models, their
+names replace safe/sender and safe/base, the flags from --max_steps to --learning_rate go, and so does the second
+half of this file.
 """
 import os
 import random

@@ -282,12 +282,6 @@ def test_fields_and_train_json(senders, tmp_path):
                                                                  {"from": "gpt", "value": record["a"]}]}
 
 
-def test_any_id_is_a_key(senders, tmp_path):
-    ids = ["把一个杯子放在桌子上" * 12, "a/../b c\"\\", "*[é]\n", "x" * 300]
-    shards = run(senders["qwen2"], write(tmp_path / "d.json", [{"id": k, "task": "go"} for k in ids]), tmp_path / "o")
-    assert set(shards.records) == set(ids) and all(len(shards[k]) for k in ids)
-
-
 def test_a_template_that_cannot_end_a_turn_is_fine_for_a_sender(tasks, tmp_path):
     sender = save_model(tmp_path / "sender")
     tokenizer = make_tokenizer()

@@ -80,7 +80,7 @@ def test_collect_math(data, tmp_path):
 
 # ---- bad input
 
-def test_bad_files(data, tmp_path, refuses, monkeypatch):
+def test_bad_files_and_hub_datasets(tmp_path, refuses, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"id": ["a"], "text": ["b"]}), tmp_path / "x.parquet")
     (tmp_path / "junk.parquet").write_text("junk")
@@ -88,18 +88,12 @@ def test_bad_files(data, tmp_path, refuses, monkeypatch):
     refuses(main, [*base, tmp_path / "x.parquet"], "id a", "--task_field")
     refuses(main, [*base, tmp_path / "junk.parquet"], "junk.parquet", "Parquet")
     refuses(main, [*base, tmp_path / "no.parquet"], "no file or directory")
-    refuses(main, [*base, data, "--split", "dev"], "dev", "['test', 'train']")
-    refuses(main, [*base, data, "--subjects", "poetry"], "poetry", "Geometry")
-    refuses(main, [*base, data, "--question_template", "x"], "--question_template", "{task}")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    refuses(main, [*base, "someone/math"], "pip install datasets")
-    assert not (tmp_path / "o").exists()
 
-
-def test_unknown_hub_dataset(tmp_path, refuses, monkeypatch):
     def get_dataset_config_names(path):
         raise ConnectionError("offline\nmore")
     fake = types.SimpleNamespace(get_dataset_config_names=get_dataset_config_names)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    refuses(main, ["math", "--model_name_or_path", "m", "--output_dir", tmp_path / "o", "--dataset_path", "some/math"],
-            "some/math is not a", "hub dataset with a split train", "offline")
+    for datasets, words in ((None, ["pip install datasets"]), (fake, [
+            "some/math is not a", "hub dataset with a split train", "offline"])):
+        monkeypatch.setitem(sys.modules, "datasets", datasets)
+        refuses(main, [*base, "some/math"], *words)
+    assert not (tmp_path / "o").exists()

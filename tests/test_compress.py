@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import collect
-from common import read_json, write_json
+from common import read_json
 from compress import load_teacher, main, read_three_ways
 from data import PLAN_ANNOUNCEMENT, PLAN_PROMPT, Conversations, encode_conversation
 from hf import load_tokenizer
 from model import (BOP, EOP, LatentActor, LatentSender, LatentShards, build_sample, collate, compression_terms,
                    kl_weights)
+from test_collect import write
 from tiny import (argv_of, column, logits_by_hand, loss_by_hand, make_actor, make_data, message_of, read_log,
                   save_model, snapshot, write_messages)
 
@@ -48,11 +49,6 @@ def reference(world, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("reference") / "o")
     main(argv(world, out))
     return out
-
-
-def write(path, records):
-    write_json(str(path), records)
-    return str(path)
 
 
 # ---- the loss
@@ -204,7 +200,7 @@ def test_what_the_actor_reads_in_each_pass(world):
 def collected(student, world, out, **flags):
     """The messages that collect.py writes with a student, for the tasks of the training file."""
     shards = LatentShards(world["messages"])
-    tasks = write(f"{out}.json", [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
+    tasks = write(out.with_suffix(".json"), [{"id": k, "task": record["task"]} for k, record in shards.records.items()])
     collect.main(["custom", *argv_of({
         "model_name_or_path": student, "dataset_path": tasks, "output_dir": out, "latent_steps": K,
         "torch_dtype": "fp32", "batch_size": 3, **flags})])
@@ -240,10 +236,6 @@ def test_student_directory(world, reference, tmp_path):
     assert collected(world["student"], world, tmp_path / "v").sender["prompt_template"] == PLAN_PROMPT
 
 
-def first_prompt(capsys):
-    return capsys.readouterr().out.split("first prompt of the student: ")[1].split("\nfirst sample: ")[0]
-
-
 def test_the_prompt_goes_from_the_sender_to_its_student_and_on(world, tmp_path, capsys):
     """Without flags a student is asked what the sender of the full messages was, in a template that is given the
     same, and so later; flags come first."""
@@ -260,23 +252,19 @@ def test_the_prompt_goes_from_the_sender_to_its_student_and_on(world, tmp_path, 
             ("o", full, {"prompt_template": None}, "brief", " shorter.", asked),
             ("p", full, flags, "fast", "?", flagged), ("q", world["messages"], {}, "helpful", "?", None)):
         main(argv({**world, "student": student, "messages": messages}, tmp_path / name, max_steps=1, **given))
-        prompt = first_prompt(capsys)
+        prompt = capsys.readouterr().out.split("first prompt of the student: ")[1].split("\nfirst sample: ")[0]
         assert f"You are {mood}." in prompt and f"{ending}<|im_end|>" in prompt
         if kept:
             assert collected(tmp_path / name, world, tmp_path / f"{name}m").sender.items() >= kept.items()
 
 
-def test_student_learns(world, tmp_path, capsys):
-    """What to reply stands in the student's prompt only, which is of its own template; the frozen (random)
-    actor hears it from K latents."""
+def test_student_learns(world, tmp_path):
+    """What to reply stands in the student's prompt only; the frozen (random) actor hears it from K latents."""
     train = write(tmp_path / "t.json", [
         {"id": f"t{i}", "conversations": [{"from": "human", "value": "what now?"},
                                           {"from": "gpt", "value": "abcd"[i % 4]}]} for i in range(N)])
     main(argv({**world, "train": train}, tmp_path / "o", max_steps=25, eval_file=train, eval_ratio=0, eval_steps=5,
               global_batch_size=N, per_device_train_batch_size=N, learning_rate=0.01))
-    prompt = first_prompt(capsys)
-    assert prompt.startswith("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\ntask t")
-    assert prompt.count("<|begin_of_text|>") == 1 and "?<|eot_id|>" in prompt and "<|im_start|>" not in prompt
     losses, kl = column(tmp_path / "o", "eval_loss"), column(tmp_path / "o", "kl")
     assert losses[-1] < losses[0] - 0.5 and kl[-1] < 0.8 * kl[0]
 

@@ -240,7 +240,7 @@ def test_task_turn_folds_and_counts_no_system_turn(system, records):
 
 
 @pytest.mark.parametrize("record", [
-    *({"conversations": turns} for turns in (
+    {}, *({"conversations": turns} for turns in (
         None, [], "text", ["x"], [{"from": "human"}], shared(("bot", "x")), shared(("gpt", "x")), SYSTEM, ETO[1:],
         SYSTEM + SYSTEM + ETO, [*ETO, {"from": "gpt", "value": " "}], [{**ETO[0], "tool_calls": [1]}, *ETO[1:]])),
     {"conversations": ETO, "tools": [{}]},  # no prompt here would show them
@@ -358,13 +358,6 @@ def test_the_instruction_of_a_file_is_kept_and_asked_for(world):
         records[0] = {**records[0], "conversations": [*ETO[:2], {**ETO[2], "value": "another task"}, *ETO[3:]]}
         with pytest.raises(UserError, match="reply 'OK', so the task comes after them: give --task_turn 2"):
             read(world, records)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '["x"]', '[{"id": 1}]'])
-def test_a_file_without_conversations_is_one_line(world, content):
-    (world["folder"] / "b.json").write_text(content)
-    with pytest.raises(UserError, match="b.json: (expected a non-empty list of records|record 0 .* 'conversations')"):
-        Conversations(str(world["folder"] / "b.json"), with_markers("chatml"), world["shards"])
 
 
 # ---- order, negatives, held-out samples

@@ -328,14 +328,14 @@ def shard(directory, ids, number=0, loudness=1.0, **sender):
 
 
 def test_shards_round_trip(tmp_path):
-    _, first = shard(tmp_path, ["a", "b/../ü 1"])
+    _, first = shard(tmp_path, ["a", "把一个杯子放在桌子上" * 12, "b/../ü 1\"\\", "*[é]\n", "x" * 300])
     _, second = shard(tmp_path, ["c"], 1)
     shards = open_shards(str(tmp_path))
     for task_id, latents in {**first, **second}.items():
         assert torch.equal(shards[task_id], latents) and shards[task_id].dtype == torch.bfloat16
         assert shards.lengths[task_id] == len(latents)
         assert shards.records[task_id]["task"] == f"do {task_id} ü"
-    assert len(shards) == 3 and "c" in shards and "d" not in shards and shards.sender == SENDER
+    assert len(shards) == 6 and "c" in shards and "d" not in shards and shards.sender == SENDER
     assert sorted(os.listdir(tmp_path)) == [f"latents-rank00000-0000{i}.safetensors" for i in (0, 1)]
 
 
@@ -385,12 +385,6 @@ def test_shards_that_do_not_fit_say_why(tmp_path, ids, number, change, words):
         shards = LatentShards(str(tmp_path))
         shards["a"]
         shards["nobody"]
-
-
-def test_missing_and_empty_shard_directories(tmp_path):
-    for path, words in ((tmp_path / "nowhere", "no directory"), (tmp_path, "holds no latent shards")):
-        with pytest.raises(UserError, match=words):
-            open_shards(str(path))
 
 
 # ---- the sender in K steps, and the decode loop

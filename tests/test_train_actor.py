@@ -15,8 +15,7 @@ from common import read_json, write_json
 from data import Conversations
 from hf import load_tokenizer
 from model import ADAPTER_FORMAT, LatentActor, LatentShards, add_markers, open_shards
-from tiny import (argv_of, assert_same_training, column, loss_by_hand, make_data, message_of, read_log,
-                  save_model, write_messages)
+from tiny import argv_of, column, loss_by_hand, make_data, message_of, read_log, save_model, write_messages
 from train_actor import loss_weights, main, make_batches
 
 N = 7  # samples: no multiple of any batch size below
@@ -54,18 +53,14 @@ def turns(*pairs):
 
 @pytest.mark.long  # test_method.py and test_survival.py start the ranks themselves
 def test_torchrun(world, tmp_path):
-    """Two ranks as one starts them follow one rank's curve, to the same model."""
+    """Two ranks as one starts them; that they follow one rank's curve, test_survival.py says."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), os.path.abspath(train_actor.__file__)]
-    flags = {"adapter_dropout": 0, "infonce_probe_interval": 2, "infonce_probe_size": 2}
-    reference = train(world, tmp_path / "one", **flags)
-    done = subprocess.run([*command, *argv(world, tmp_path / "two", **flags, per_device_train_batch_size=1)],
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *argv(world, tmp_path / "o")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path / "two", reference, 1e-4)
     assert done.stdout.count("with loss_log.csv") == 1  # one rank talks
 
 
@@ -227,23 +222,17 @@ def test_learns_to_read_the_message(tmp_path, world):
 
 # ---- bad input
 
-@pytest.mark.parametrize("fields, words", [
-    ({"id": None}, ["record 0", "'id'"]),
-    ({"conversations": turns(("human", "x" * 5000), ("gpt", "x"))}, ["id t0", "context of 4096"]),
-    ({"plan": ["a"]}, ["id t0", "plan is not a text"])])
-def test_bad_records(world, tmp_path, refuses, fields, words):
-    first, *others = read_json(world["train_file"])
-    first = {name: value for name, value in (first | fields).items() if value is not None}
-    refuses(main, argv(with_records(world, tmp_path / "t.json", [first, *others]), tmp_path / "o"), *words)
-
-
 @pytest.mark.parametrize("change, words", [
-    (lambda latents, records: records["t2"].update(plan=""), ["id t2", "empty plan"]),
-    (lambda latents, records: [record.update(task="x") for record in records.values()],
-     ["tasks are the same", "L_sep"])])
-def test_bad_messages(world, tmp_path, refuses, change, words):
-    shards = LatentShards(world["hidden_data"])
+    (lambda records, sent: records[0].pop("id"), ["record 0", "'id'"]),
+    (lambda records, sent: records[0].update(conversations=turns(("human", "x" * 5000), ("gpt", "x"))),
+     ["id t0", "context of 4096"]),
+    (lambda records, sent: records[0].update(plan=["a"]), ["id t0", "plan is not a text"]),
+    (lambda records, sent: sent["t2"].update(plan=""), ["id t2", "empty plan"]),
+    (lambda records, sent: [record.update(task="x") for record in sent.values()], ["tasks are the same", "L_sep"])])
+def test_bad_records_and_messages(world, tmp_path, refuses, change, words):
+    records, shards = read_json(world["train_file"]), LatentShards(world["hidden_data"])
     latents = {task_id: shards[task_id].clone() for task_id in shards.records}
-    change(latents, shards.records)
-    messages = write_messages(tmp_path / "m", latents, shards.records)
-    refuses(main, argv(world | {"hidden_data": messages}, tmp_path / "o", eval_ratio=0), *words)
+    change(records, shards.records)
+    flags = with_records(world, tmp_path / "t.json", records)
+    flags["hidden_data"] = write_messages(tmp_path / "m", latents, shards.records)
+    refuses(main, argv(flags, tmp_path / "o", eval_ratio=0), *words)

@@ -1,0 +1,91 @@
+"""
+What an adapter warm-up saves: held-out loss against steps of train_actor.py, with and without it.
+
+  python examples/household.py                          # leaves the models and messages in household_out
+  python examples/warmup.py                             # three minutes on two cores
+  python examples/warmup.py --smollm2 smollm2_out       # and for what examples/smollm2.py left: half an hour
+
+Without a warm-up the adapter has to find the map from states to embeddings through the whole LM. With it, the
+adapter alone learns first to give the plan's words (model.py, 4), and the LM starts from messages that it can
+read; at a rate that does not undo this. What it does not show: that this helps where a state says more than its
+word (examples/unsure.py has that).
+"""
+import csv
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
+
+from common import one_line_errors, read_json, save_figure, write_json  # noqa: E402
+from examples.scratch import demo_parser, open_output, stage  # noqa: E402
+
+HOUSEHOLD = """train_actor.py --model_name_or_path {models}/base --train_file {models}/train.json
+    --hidden_data {models}/messages_train --plan_announcement 'plan :' --global_batch_size 32
+    --per_device_train_batch_size 32 --plan_similarity_weight 0.5 --random_contrast_weight 0.1 --eval_ratio 0.05
+    --eval_steps {every} --logging_steps {every} --max_steps {steps} --output_dir {out}/{run} """
+SMOLLM2 = """train_actor.py --model_name_or_path {models}/text_actor --train_file {models}/told.json --task_turn 2
+    --hidden_data {models}/messages --global_batch_size 12 --per_device_train_batch_size 4 --adam_beta2 0.95
+    --warmup_ratio 0.1 --curriculum 0 --plan_similarity_weight 0 --random_contrast_weight 0 --eval_ratio 0.04
+    --eval_steps {every} --save_steps 2 --max_steps {steps} --bf16 {bf16} --output_dir {out}/{run} """
+RUNS = {  # name of the curve: (world, flags)
+    "household": (HOUSEHOLD, "--learning_rate 1e-3 --adapter_learning_rate 3e-3"),
+    "household, warmed up": (HOUSEHOLD, "--learning_rate 3e-4 --adapter_warmup_steps 50"),
+    "SmolLM2": (SMOLLM2, "--learning_rate 1e-4 --adapter_learning_rate 2e-3"),
+    "SmolLM2, warmed up": (SMOLLM2, "--learning_rate 3e-5 --adapter_learning_rate 1e-4 --adapter_warmup_steps 400"),
+}
+STEPS = {"household": (140, 10), "SmolLM2": (20, 4)}  # how many, and every how many the loss is taken
+
+
+def curve(folder):
+    """[[step, held-out loss], ...] of a run."""
+    with open(f"{folder}/loss_log.csv") as file:
+        return [[int(row["step"]), float(row["eval_loss"])] for row in csv.DictReader(file) if row["eval_loss"]]
+
+
+def plot(curves, path):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4))
+    worlds = [world for world in STEPS if world in curves]
+    for n, world in enumerate(worlds):
+        axes = figure.add_subplot(1, len(worlds), n + 1)
+        for name, color in ((world, "tab:orange"), (f"{world}, warmed up", "tab:blue")):
+            axes.plot(*zip(*curves[name]), ".-", color=color, label=name)
+        axes.set(yscale="log", xlabel="step of train_actor.py", ylabel="held-out loss, nats per token")
+        axes.legend()
+    save_figure(figure, path)
+
+
+@one_line_errors("warmup.py")
+def main(argv=None):
+    parser = demo_parser("warmup.py", __doc__, "warmup_out", "two steps: shows that it runs")
+    parser.flag("--household", "household_out", "what examples/household.py left")
+    parser.flag("--smollm2", None, "what examples/smollm2.py left; default: none")
+    args = parser.parse_args(argv)
+    out, folders = args.output_dir, {"household": args.household, "SmolLM2": args.smollm2}
+    open_output(out, {"example": "warmup", "folders": folders, "fast": args.fast}, args.fresh)
+
+    curves = {}
+    for name, (command, flags) in RUNS.items():
+        world = name.split(",")[0]
+        if folders[world] is None:
+            continue
+        if world == "household":
+            torch.set_num_threads(1)  # the matrices are tiny: a second thread waits more than it computes
+        else:
+            torch.set_num_threads(os.cpu_count())
+        steps, every = (2, 1) if args.fast else STEPS[world]
+        settings = read_json(f"{folders[world]}/settings.json")
+        run = name.replace(", ", "_").replace(" ", "_")
+        stage(out, name, command + flags, models=folders[world], run=run, steps=steps, every=every,
+              bf16=settings.get("bf16", "auto"))
+        curves[name] = curve(f"{out}/{run}")
+        print(f"{name}: " + ", ".join(f"{loss:.4f} ({step})" for step, loss in curves[name]))
+    write_json(f"{out}/warmup.json", {"curves": curves, "seconds": read_json(f"{out}/seconds.json")})
+    plot(curves, f"{out}/warmup.png")
+    print(f"wrote {out}/warmup.json and {out}/warmup.png")
+
+
+if __name__ == "__main__":
+    main()
