@@ -12,14 +12,17 @@ first where the things of the goal are, which the actor never is:
 
     You are in the middle of a room. ... Your task is to: clean some fork and put it in drawer.
 
+UnsureHouse's is told two places, of which one is right; ToldHouse tells its actor, too, what its sender is told.
+
     1. what the house holds   a game's goal, where its things are
-    2. the game               what its sender is told
+    2. the games              what their senders are told
     3. demonstrations         how one who knows the place wins, and one who searches for it
 """
 import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -79,6 +82,17 @@ def places_of(facts, order=lambda place: (kind_of(place), number_of(place))):
     return sorted(names, key=lambda place: (place in closed, order(place)))
 
 
+def facts_in_file(task):
+    """The facts at the start of a game, in which things have the names of its file: it need not be started."""
+    problem = read_json(task["gamefile"])["pddl_problem"].lower()
+    init = problem.partition("(:init")[2].partition("(:goal")[0]
+    facts = []
+    for name, *pair in re.findall(r"\((\w+) (\S+) (\S+)\)", init):
+        variables = [SimpleNamespace(name=variable) for variable in pair]
+        facts.append(SimpleNamespace(name=name, arguments=variables))
+    return facts
+
+
 def closed_places(facts):
     openable, opened = facts_of(facts, "openable"), facts_of(facts, "opened")
     return {place for place, in set(openable) - set(opened)}
@@ -113,18 +127,34 @@ def locate(task, goal, facts):
     return fetched + there + lamps[:1], route, target
 
 
+def decoys(goal, facts):
+    """The places where an object of the goal may lie and none does -> ["drawer 4", "shelf 1", ...].
+
+    None of the goal's kind of place, unless the object has first to be cleaned, heated or cooled: one that lay
+    there would be where it belongs."""
+    kind = goal["object"] + "type"
+    fitting = {place_type for place_type, thing_type in facts_of(facts, "cancontain") if thing_type == kind}
+    if not goal["verb"]:
+        fitting.discard(f"{goal['place']}type")
+    objects = {thing for thing, thing_type in facts_of(facts, "objecttype") if thing_type == kind}
+    taken = {place for thing, place in facts_of(facts, "inreceptacle") if thing in objects}
+    return [place for place, place_type in facts_of(facts, "receptacletype")
+            if place_type in fitting and place not in taken]
+
+
 def place_in_words(things):
     """[("fork 3", "diningtable 1")] -> "fork 3 is at diningtable 1."."""
     return " ".join(f"{thing} is at {place}." for thing, place in things)
 
 
-# ---- 2. The game ---------------------------------------------------------------------------------
+# ---- 2. The games --------------------------------------------------------------------------------
 
 class SeenHouse(AlfworldGame):
     """ALFWorld, whose sender knows where the goal's things are at the start."""
+    demonstrations = ("search", "direct")  # the files' names, in the order in which they are written
 
     def sender_text(self, task):
-        opening = self.reset(task)
+        opening = super().reset(task)  # a ToldHouse's own says more
         things, _, _ = locate(task, read_goal(task), self.facts)
         return f"You have seen this house: {place_in_words(things)}\n\n{opening}"
 
@@ -150,6 +180,75 @@ class SeenHouse(AlfworldGame):
             },
             "search": {**names, "conversations": conversation(opening, search)},
         }
+
+
+class UnsureHouse(SeenHouse):
+    """Its sender is told two places of the goal's first object, where it is and a decoy, in random order:
+
+        You have seen this house: mug 1 is at shelf 2 or at drawer 4."""
+    demonstrations = ("wrong", "right")
+
+    def tasks(self, split):
+        tasks = super().tasks(split)
+        with_decoy = [task for task in tasks if decoys(read_goal(task), facts_in_file(task))]
+        print(f"{split}: {len(tasks) - len(with_decoy)} of {len(tasks)} games are left out: no place for a decoy")
+        return with_decoy
+
+    def sender_text(self, task):
+        opening, goal = super().reset(task), read_goal(task)
+        things, route, _ = locate(task, goal, self.facts)
+        either = " or at ".join(two_places(task, route[0], decoys(goal, self.facts)))
+        for n, (thing, place) in enumerate(things):
+            if kind_of(thing) == goal["object"] and place == route[0]:
+                things[n] = (thing, either)
+        return f"You have seen this house: {place_in_words(things)}\n\n{opening}"
+
+    def demonstrate(self, task):
+        """How one wins whose plan names the right place, or the decoy -> {"right": record, "wrong": record}: go
+        where the plan says, if nothing is there to the other place, then on as the goal says."""
+        goal, sender_task, opening = read_goal(task), self.sender_text(task), self.reset(task)
+        things, route, target = locate(task, goal, self.facts)
+        lamp_places = [place for thing, place in things if kind_of(thing) == goal["lamp"]]
+        places = two_places(task, route[0], decoys(goal, self.facts))
+        decoy, = set(places) - {route[0]}
+        direct = play_out(self, actions_to_win(self, goal, route, target, lamp_places))
+        self.reset(task)
+        detour = play_out(self, actions_to_win(self, goal, [decoy, *route], target, lamp_places))
+        plan = plan_in_words([action for action, _ in direct])
+        records = {}
+        for name, place, steps in (("right", route[0], direct), ("wrong", decoy, detour)):
+            records[name] = {
+                "id": task["id"],
+                "type": task["type"],
+                "sender_task": sender_task,
+                "places": places,
+                "named": place,
+                "plan": plan.replace(f"from {route[0]},", f"from {place},"),
+                "conversations": conversation(opening, steps),
+            }
+        return records
+
+
+def two_places(task, right, others):
+    """Where the object is and one of the other places, in an order that tells nothing."""
+    decoy = min(others, key=lambda place: seed_for("decoy", task["id"], place))
+    return sorted([right, decoy], key=lambda place: seed_for("order", task["id"], place))
+
+
+class ToldHouse(SeenHouse):
+    """In this share of the games, which is the same in training, the actor is told what the sender is."""
+    share = 1.0
+
+    def reset(self, task):
+        return self.sender_text(task) if is_told(task["id"], self.share) else super().reset(task)
+
+
+class HalfToldHouse(ToldHouse):
+    share = 0.5
+
+
+def is_told(task_id, share):
+    return seed_for("told", task_id) < share * 2**63
 
 
 # ---- 3. Demonstrations ---------------------------------------------------------------------------
@@ -291,38 +390,40 @@ def get_args(argv):
     parser = Parser(prog="alfworld_house.py", description=__doc__)
     parser.add_argument("command", choices=["demonstrate"], help="write conversations that win ALFWorld's games")
     parser.flag("--split", "train", "train, valid_seen or valid_unseen")
-    parser.flag("--output_dir", ..., "gets SPLIT_direct.jsonl and SPLIT_search.jsonl")
+    parser.flag("--env", "examples.alfworld_house:SeenHouse", "or UnsureHouse, and what it demonstrates")
+    parser.flag("--output_dir", ..., "gets SPLIT_direct.jsonl and SPLIT_search.jsonl, or _right and _wrong")
     parser.flag("--max_samples", None, "only the first N games", type=positive)
-    parser.flag("--max_steps", 20, "a longer search is not written")
+    parser.flag("--max_steps", 20, "a longer search or detour is not written")
     return parser.parse_args(argv)
 
 
 @one_line_errors("alfworld_house.py")
 def main(argv=None):
     args = get_args(argv)
-    _, tasks = open_split("alfworld", args.split)
+    game, tasks = open_split(args.env, args.split)
     tasks = tasks[:args.max_samples]
 
     # ---- what an earlier run has made
+    detour, direct = game.demonstrations
     paths, records = {}, {}
-    for name in ("search", "direct"):  # in the order in which they are written
+    for name in (detour, direct):  # in the order in which they are written
         paths[name] = os.path.join(args.output_dir, f"{args.split}_{name}.jsonl")
         records[name] = read_json(paths[name]) if os.path.exists(paths[name]) else []
-    done = {record["id"] for record in records["direct"]}
-    records["search"] = [record for record in records["search"] if record["id"] in done]
+    done = {record["id"] for record in records[direct]}
+    records[detour] = [record for record in records[detour] if record["id"] in done]
     pending = [task for task in tasks if task["id"] not in done]
 
     # ---- play
     failed = 0
-    for answers in in_workers(SeenHouse, "demonstrate", pending, "demonstrate"):
+    for answers in in_workers(game, "demonstrate", pending, "demonstrate"):
         for task, answer in answers:
             if isinstance(answer, Crash):
                 failed += 1
                 tqdm.write(f"{task['id']}: {answer}", file=sys.stderr)
                 continue
-            records["direct"].append(answer["direct"])
-            if steps_of(answer["search"]) <= args.max_steps:
-                records["search"].append(answer["search"])
+            records[direct].append(answer[direct])
+            if steps_of(answer[detour]) <= args.max_steps:
+                records[detour].append(answer[detour])
         for name, path in paths.items():
             lines = [json.dumps(record) + "\n" for record in records[name]]
             write_text(path, "".join(lines))

@@ -284,7 +284,7 @@ MEANING = {
     "no_comm": "no message, same actor",
     "no_cot": "no message, an actor that learned to search",
     "cross_task": "another game's states",
-    "self": "of the sender, told what the actor is",
+    "self": "of the sender, not told the place",
     "randomrot": "states rotated at random",
     "whitenoise": "states in noise of their power",
     "llama": "a Llama's states, an actor that learned them",

@@ -1,32 +1,26 @@
 """
-Alignments without training, under the same harness: what a reader makes of messages that it never learned to read.
+Alignments without training, under the same harness: what readers make of messages that they never learned.
 
-  python examples/alfworld_small.py       # first: two readers, their demonstrations and messages
+  python examples/alfworld_small.py       # first: two readers, demonstrations, messages
   python examples/unsure.py               # for the rows of the unsure sender
-  python examples/smollm2.py --model ...  # for those of a pre-trained model
+  python examples/smollm2.py --model ...  # for those of a pre-trained model, which take 8 GB of disk
   python examples/alignments.py --fast    # a quarter of an hour: shows that it runs
-  python examples/alignments.py           # two hours and a half on 2 cores, as many again with SmolLM2
+  python examples/alignments.py           # two to three hours on 2 cores, as many more with SmolLM2
 
-Type this at the top of the repository, and again after a kill: every stage goes on where it was. What the other
-examples have not left yet is left out, and added when there. SmolLM2's rows take 7 GB of disk.
+Type this at the top of the repository, and again after a kill: every stage goes on where it was. What the
+other examples have not left yet is left out, and joins in later.
 
-The same plans, sent in seven ways to language models that are not trained any more: last states through no
-adapter, through a rotation (Procrustes) and through an adapter that has learned only their words; vectors of words
-instead of states; random vectors. Each row is played under the right message and under another game's. A row that
-is high under both is read as "some message", and only what it loses under the other one, the pairing, was read in it.
+The same plans reach language models in seven ways: as last states, through no adapter, a rotation (Procrustes),
+an adapter that learned their words alone or one that learned the task; as vectors of words; as random vectors.
+Each row is played under the right message and under another game's: what is lost under the other one, the
+pairing, was read in the message.
 
-What this shows: how much of what training buys an alignment gives that costs seconds. What it does not show: that
-it would between strangers. Each sender and its readers have the same start, and one table for words in and out, so
-a sender's embeddings are nearly the reader's and its states lie next to them; the readers knew plans in words. The
-intervals are of games: of each model there is one, from one seed. In `random` each word has a random vector of its
-own: all that `likeliest` tells, in a code that nobody has learned.
-
-    1. what is sent   random vectors; the rows
-    2. the readers    what the other examples have left
-    3. the stages     of a row, each through its real script
-    4. the report     alignments.json, a table, alignments.png
+What this shows: how much of what training buys an alignment gives for seconds of fitting. What it does not
+show: that it would do so between strangers. A sender and its readers have the same start and one table for
+words in and out, so its embeddings are nearly theirs and its states lie near them; and all of them knew plans
+in words. Intervals are over games: there is one model of a kind, of one seed.
 """
-import functools
+import collections
 import os
 import statistics
 import sys
@@ -36,170 +30,144 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
-from common import UserError, fingerprint, one_line_errors, read_json, remove, save_figure, seed_for, write_json  # noqa: E402
-from examples.alfworld_small import SPLITS, wins_of  # noqa: E402
-from examples.scratch import demo_parser, once, open_output, stage  # noqa: E402
+from common import UserError, fingerprint, one_line_errors, read_json, remove, save_figure, write_json  # noqa: E402
+from examples.alfworld_small import wins_of  # noqa: E402
+from examples.scratch import demo_parser, open_output, stage  # noqa: E402
 from examples.unsure import likeliest, plan_is_right  # noqa: E402
-from games import open_split  # noqa: E402
 from model import open_shards  # noqa: E402
 from variants import bootstrap_interval, differences  # noqa: E402
 
-SIZES = {  # by --fast: demonstrations that an adapter is fitted on, its steps, games of each split at most
+SIZES = {  # by --fast: demonstrations to fit on, steps of the warm-up, games of a split at most
     False: {"fit": 512, "warm": 400, "games": 300, "few": 40},
     True: {"fit": 64, "warm": 20, "games": 8, "few": 2},
 }
 
-# ---- 1. What is sent -----------------------------------------------------------------------------
+# ---- What is sent --------------------------------------------------------------------------------
 
 def noise(lm, hidden_states, logits):
-    """Random vectors (n, D), as long as `likeliest` ones; of a word always the same, so in any batch as well."""
+    """Random vectors (n, D) as long as `likeliest` ones. A word's is the same in any batch and run: they tell
+    all that `likeliest` tells, in a code that nobody has learned."""
     words = likeliest(lm, hidden_states, logits)
-    vectors = []
-    for word in logits.argmax(-1).tolist():
-        generator = torch.Generator().manual_seed(seed_for("noise", word))
-        vectors.append(torch.randn(words.shape[1], generator=generator))
-    return F.normalize(torch.stack(vectors)).to(words) * words.norm(dim=1, keepdim=True)
+    generators = [torch.Generator().manual_seed(word) for word in logits.argmax(-1).tolist()]
+    vectors = torch.stack([torch.randn(words.shape[1], generator=generator) for generator in generators])
+    return F.normalize(vectors).to(words) * words.norm(dim=1, keepdim=True)
 
 
-ROWS = {  # row: (--send, flags of train_actor.py)
-    "none": ("last", "--adapter none"),
-    "procrustes": ("last", "--adapter procrustes"),
-    "warm_up": ("last", "--adapter_warmup_steps {warm}"),
-    "trained": ("last", None),  # of the one reader that learned from messages: with its own adapter
-    "expected": ("expected", "--adapter none"),
-    "likeliest": ("examples.unsure:likeliest", "--adapter none"),
-    "random": ("examples.alignments:noise", "--adapter none"),
-}
-MEANING = {
-    "text": "the plan as text",
-    "trained": "last states, adapter trained with the reader",
-    "warm_up": "last states, adapter fitted to their words",
-    "procrustes": "last states, rotated and scaled",
-    "none": "last states as they are",
-    "expected": "expected embedding of the next word",
-    "likeliest": "embedding of the likeliest word",
-    "random": "a random vector for each word",
-    "no_comm": "no message",
+ROWS = {  # row: (what the reader gets, --send, the adapter as train_actor.py's flags)
+    "text": ("the plan as text", None, None),
+    "trained": ("last states, adapter trained with its LM", "last", None),
+    "warm_up": ("last states, adapter fitted to their words", "last", "--adapter_warmup_steps {warm}"),
+    "procrustes": ("last states, rotated and scaled", "last", "--adapter procrustes"),
+    "none": ("last states as they are", "last", "--adapter none"),
+    "expected": ("expected embedding of the next word", "expected", "--adapter none"),
+    "likeliest": ("embedding of the likeliest word", "examples.unsure:likeliest", "--adapter none"),
+    "random": ("a random vector for each word", "examples.alignments:noise", "--adapter none"),
+    "no_comm": ("no message", None, None),
 }
 
-# ---- 2. The readers ------------------------------------------------------------------------------
+# ---- The readers: what the other examples left, flags for fitting and for play ---------------------
 
-def find_readers(small, smollm2, unsure):
-    """{reader: {"lm", "actor": itself where it has an adapter, "sender", "messages", "told": demonstrations, "env",
-    "splits", "games": key of SIZES, "fit", "play": flags}}, of what is there. Raises UserError for nothing."""
-    house = {"env": "examples.alfworld_house:SeenHouse", "splits": SPLITS, "actor": None}
-    words = {"sender": f"{small}/base", "messages": f"{small}/base_train", "told": f"{small}/base_told.json",
-             "games": "games", "fit": "--task_turn 2 --plan_announcement 'plan :'",
-             "play": "--max_new_tokens 20 --batch_size 140"}
-    trained = f"{small}/base_actor"
-    readers = {
-        "text": house | words | {"lm": f"{small}/base"},
-        "latent": house | words | {"lm": trained, "actor": trained},
-        "SmolLM2": house | {
-            "lm": f"{smollm2}/text_actor", "sender": f"{smollm2}/sender", "messages": f"{smollm2}/messages",
-            "told": f"{smollm2}/told.json", "games": "few", "fit": "--task_turn 2", "play": "--max_new_tokens 24"},
-        "unsure": {
-            "lm": f"{unsure}/base", "sender": f"{unsure}/base", "messages": f"{unsure}/messages_train",
-            "told": f"{unsure}/train.json", "env": "examples.unsure:OneWord", "splits": ["test-0"], "actor": None,
-            "games": "games", "fit": "--plan_announcement 'plan :'",
-            "play": "--max_steps 10 --max_new_tokens 10 --batch_size 300"},
-    }
-    for name, reader in list(readers.items()):
-        if not os.path.exists(f"{reader['lm']}/config.json"):
-            print(f"{name} is left out: no model {reader['lm']}")
-            del readers[name]
-    if not readers:
-        raise UserError(f"no models in {small}, {smollm2}, {unsure}: run python examples/alfworld_small.py")
-    return readers
+SMALL = {
+    "sender": "{small}/base", "messages": "{small}/base_train", "told": "{small}/base_told.json",
+    "env": "examples.alfworld_house:SeenHouse", "splits": "valid_seen valid_unseen",
+    "fit_flags": "--task_turn 2 --plan_announcement 'plan :' ",
+    "play_flags": "--num_episodes {games} --max_new_tokens 20 --batch_size 140",
+}
+READERS = {
+    "text": SMALL | {"lm": "{small}/base"},
+    "latent": SMALL | {"lm": "{small}/base_actor", "actor": "{small}/base_actor"},
+    "SmolLM2": SMALL | {
+        "lm": "{smollm2}/text_actor", "sender": "{smollm2}/sender", "messages": "{smollm2}/messages",
+        "told": "{smollm2}/told.json", "fit_flags": "--task_turn 2 ",
+        "play_flags": "--num_episodes {few} --max_new_tokens 24",
+    },
+    "unsure": {
+        "lm": "{unsure}/base", "sender": "{unsure}/base", "messages": "{unsure}/messages_train",
+        "told": "{unsure}/train.json", "env": "examples.unsure:OneWord", "splits": "test-0",
+        "fit_flags": "--plan_announcement 'plan :' ",
+        "play_flags": "--num_episodes {games} --max_new_tokens 10 --max_steps 10 --batch_size 300",
+    },
+}
 
+# ---- The stages ----------------------------------------------------------------------------------
 
-# ---- 3. The stages -------------------------------------------------------------------------------
-
-def write_demonstrations(out, told, messages, n):
-    """train.json: n demonstrations, with what their sender read and wrote, so that it need not write it again."""
-    said, records = open_shards(messages).records, []
-    for record in read_json(told)[:n]:
-        names = {"id": record["id"], "conversations": record["conversations"]}
-        records.append(names | {key: said[record["id"]][key] for key in ("task", "plan")})
-    write_json(f"{out}/train.json", records)
+def write_demonstrations(path, told, messages, n):
+    """n of them, with what the sender read and wrote, so that it need not write it again."""
+    said, records = open_shards(messages).records, read_json(told)[:n]
+    for record in records:
+        record |= {key: said[record["id"]][key] for key in ("task", "plan")}
+    write_json(path, records)
 
 
 def play_rows(out, reader, sizes):
-    """Every row of a reader, nothing of its language model trained -> {row: {variant: {(split, game): won?}}}."""
-    once(out, "demonstrations", functools.partial(
-        write_demonstrations, out, reader["told"], reader["messages"], sizes["fit"]))
-    settings = open_shards(reader["messages"]).sender
-    run = functools.partial(stage, out, **{
-        "lm": reader["lm"], "sender": reader["sender"], "env": reader["env"], "n": sizes[reader["games"]],
-        "warm": sizes["warm"], "dtype": settings["dtype"], "plan": settings["max_new_tokens"]})
-    wins = {}
-    for row, (send, adapter) in ROWS.items():
-        actor, messages = reader["actor"], reader["messages"]
-        if not adapter and not actor:
+    """Every row of a reader, whose LM stays as it is -> {variant_row: {(split, game): whether it was won}}."""
+    write_demonstrations(f"{out}/train.json", reader["told"], reader["messages"], sizes["fit"])
+    # the messages that are there tell dtype, prompt_template and max_new_tokens of their sender
+    settings = open_shards(reader["messages"]).sender | reader | sizes
+    wins = collections.defaultdict(dict)
+    for row, (_, send, adapter) in ROWS.items():
+        if send is None or adapter is None and "actor" not in reader:
             continue
+        values = settings | {"row": row, "send": send}
         if send != "last":
-            messages = f"{out}/messages_{row}"
-            run(f"collect {row}", """collect.py custom --model_name_or_path {sender} --prompt_template '{{task}}'
+            values["messages"] = f"{out}/messages_{row}"
+            stage(out, f"collect {row}", """
+                collect.py custom --model_name_or_path {sender} --prompt_template {prompt_template}
                 --dataset_path {out}/train.json --task_field task --plan_field plan --send {send}
-                --torch_dtype {dtype} --output_dir {messages}""", send=send, messages=messages)
+                --torch_dtype {dtype} --output_dir {messages}""", **values)
         if adapter:
-            actor = f"{out}/{row}"
-            run(f"fit {row}", f"""train_actor.py --model_name_or_path {{lm}} --train_file {{out}}/train.json
-                --hidden_data {{messages}} --output_dir {{actor}} --max_steps 0 {reader['fit']} {adapter}""",
-                messages=messages, actor=actor)
-        variants = "latent cross_task text no_comm" if row == "none" else "latent cross_task"
-        wins[row] = {variant: {} for variant in variants.split()}
-        for split in reader["splits"]:
-            # what is sent of the sender's states the evaluator knows from the actor
-            run(f"play {row}, {split}", f"""eval_alfworld.py --env {{env}} --split {{split}} --num_episodes {{n}}
-                --model_path {{actor}} --sender {{sender}} --max_plan_tokens {{plan}} --torch_dtype {{dtype}}
-                --output_path {{out}}/play/{row}_{{split}} {reader['play']} --variants {variants}""",
-                split=split, actor=actor)
+            values["actor"] = f"{out}/{row}"
+            stage(out, f"fit {row}", """
+                train_actor.py --model_name_or_path {lm} --train_file {out}/train.json --hidden_data {messages}
+                --output_dir {actor} --max_steps 0 """ + reader["fit_flags"] + adapter, **values)
+        # the evaluator has its --sender send what the actor learned to read
+        play = """
+            eval_alfworld.py --env {env} --split {split} --model_path {actor} --sender {sender}
+            --torch_dtype {dtype} --max_plan_tokens {max_new_tokens} --output_path {out}/play/{row}_{split}
+            --variants latent cross_task """ + ("text no_comm " if row == "none" else "") + reader["play_flags"]
+        for split in reader["splits"].split():
+            stage(out, f"play {row}, {split}", play, split=split, **values)
             for variant, games in wins_of(f"{out}/play/{row}_{split}").items():
-                wins[row][variant] |= {(split, game): won for game, won in games.items()}
+                label = variant if variant in ROWS else f"{variant}_{row}"
+                wins[label] |= {(split, game): won for game, won in games.items()}
     return wins
 
 
-# ---- 4. The report -------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------
 
-def make_table(wins, chosen):
-    """{row: its figures} over the chosen games, in the order of MEANING."""
-    table = {}
-    for row in MEANING:
-        told = wins.get(row) or {"latent": wins["none"].get(row)}  # text and no_comm are played with row none
-        if not told["latent"]:
-            continue
-        told = {variant: {game: games[game] for game in chosen} for variant, games in told.items()}
-        won = list(told["latent"].values())
-        table[row] = {"success": statistics.fmean(won), "interval": bootstrap_interval(won), "games": len(won)}
-        if "cross_task" in told:
-            table[row]["cross_task"] = statistics.fmean(told["cross_task"].values())
-            table[row]["pairing"] = differences(told)["pairing"]
+def make_table(wins):
+    """What `play_rows` gives -> {row: its figures}."""
+    table, compared = {}, differences(wins)
+    for label, games in wins.items():
+        row, won = label.removeprefix("latent_"), list(games.values())
+        if row in ROWS and won:
+            table[row] = {"success": statistics.fmean(won), "interval": bootstrap_interval(won), "games": len(won)}
+            if row != label:
+                other = wins[f"cross_task_{row}"].values()
+                table[row] |= {"cross_task": statistics.fmean(other), "pairing": compared[f"pairing_{row}"]}
     return table
 
 
-def show(panels, path):
-    """The tables on screen, and their picture: success by row, the fuller the larger the pairing."""
+def show(tables, path):
+    """The tables on screen, and their picture: success by row, the fuller in colour the larger its pairing."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(2.6 * len(panels) + 1, 4))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (name, table) in zip(axes, panels.items()):
-        print(f"\n{name:46s}success                 another game's  pairing")
-        for row, result in table.items():
-            (low, high), success = result["interval"], result["success"]
-            line = f"{MEANING[row]:46s}{success:.3f} [{low:.2f}, {high:.2f}]"
-            color = "lightgrey"  # no message to exchange
-            if "pairing" in result:
-                pairing, lowest, highest = result["pairing"]
-                line += f"    {result['cross_task']:.3f}           {pairing:+.3f} [{lowest:+.2f}, {highest:+.2f}]"
-                color = ("tab:blue", min(max(pairing, 0), 1))
-            print(line)
-            axis.barh(list(MEANING).index(row), success, xerr=[[success - low], [high - success]], color=color,
-                      edgecolor="tab:blue", capsize=2)
-        axis.set(xlim=(0, 1), title=f"{name}, {result['games']} games", xlabel="success (95 % interval)")
-    axes[0].set_yticks(range(len(MEANING)), MEANING.values())
-    axes[0].invert_yaxis()
-    save_figure(figure, path)
+    panels = Figure(figsize=(1 + 2.8 * len(tables), 4)).subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    meanings = [meaning for meaning, *_ in ROWS.values()]
+    for axes, (name, table) in zip(panels, tables.items()):
+        print(f"\n{name:46s}  success     from       to    other  pairing     from       to")
+        for row in filter(table.get, ROWS):
+            n, figures, color = list(ROWS).index(row), table[row], "lightgrey"
+            numbers = [figures["success"], *figures["interval"]]
+            if "pairing" in figures:
+                numbers += [figures["cross_task"], *figures["pairing"]]
+                color = "tab:blue", min(max(figures["pairing"][0], 0), 1)  # and its opacity
+            print(f"{meanings[n]:46s}" + "".join(f"{number:9.3f}" for number in numbers))
+            axes.barh(n, figures["success"], color=color, edgecolor="tab:blue")
+            axes.plot(figures["interval"], [n, n], color="black")
+        axes.set(xlim=(0, 1), xlabel="success (95 % interval)", title=name)
+    panels[0].set_yticks(range(len(ROWS)), meanings)
+    panels[0].invert_yaxis()
+    save_figure(panels[0].figure, path)
 
 
 @one_line_errors("alignments.py")
@@ -209,33 +177,29 @@ def main(argv=None):
     parser.flag("--smollm2", "smollm2_out", "--output_dir of smollm2.py")
     parser.flag("--unsure", "unsure_out/seed0/OneWord", "seed 0 of unsure.py")
     args = parser.parse_args(argv)
-    out, sizes = args.output_dir, SIZES[args.fast]
-    readers = find_readers(args.small, args.smollm2, args.unsure)
-    for reader in readers.values():
-        for split in reader["splits"]:
-            open_split(reader["env"], split)  # an hour from now it would be late to say that games are missing
+    out, sizes, results, panels = args.output_dir, SIZES[args.fast], {}, {}
     if args.fresh:
         remove(out)
-
-    tables, panels = {}, {}
-    for name, reader in readers.items():
-        models = {key: fingerprint(reader[key]) for key in ("lm", "sender")}
-        open_output(f"{out}/{name}", {"example": "alignments", "models": models, "sizes": sizes})
-        wins = play_rows(f"{out}/{name}", reader, sizes)
-        games = list(wins["none"]["latent"])
-        if name != "unsure":
-            panels[name] = tables[name] = make_table(wins, games)
+    for name, texts in READERS.items():
+        reader = {key: text.format(**vars(args), **sizes) for key, text in texts.items()}
+        if not os.path.exists(f"{reader['lm']}/config.json"):
+            print(f"{name} is left out: no model in {reader['lm']}")
             continue
-        right, tables[name] = plan_is_right(args.unsure, "OneWord", 0), {}
-        for part, is_right in (("right", True), ("wrong", False)):
-            chosen = [(split, game) for split, game in games if right.get(game) == is_right]
-            if chosen:
-                panels[f"plan names the {part} place"] = tables[name][part] = make_table(wins, chosen)
+        open_output(f"{out}/{name}", reader | sizes | {"model": fingerprint(reader["lm"])})
+        wins = play_rows(f"{out}/{name}", reader, sizes)
+        if name != "unsure":
+            panels[name] = results[name] = make_table(wins)
+            continue
+        named, results[name] = plan_is_right(args.unsure, "OneWord", 0), {}
+        for part, right in (("right", True), ("wrong", False)):
+            chosen = {label: {key: won for key, won in games.items() if named.get(key[1]) == right}
+                      for label, games in wins.items()}
+            panels[f"unsure, {part} place named"] = results[name][part] = make_table(chosen)
+    if not results:
+        raise UserError("no reader is there: run python examples/alfworld_small.py first")
     show(panels, f"{out}/alignments.png")
-    seconds = {name: read_json(f"{out}/{name}/seconds.json") for name in readers}
     machine = f"{os.cpu_count()} cores, torch {torch.__version__}"
-    write_json(f"{out}/alignments.json", tables | {
-        "command": " ".join(sys.argv), "machine": machine, "sizes": sizes, "seconds": seconds})
+    write_json(f"{out}/alignments.json", results | {"command": " ".join(sys.argv), "machine": machine})
     print(f"\nwrote {out}/alignments.json and {out}/alignments.png")
 
 

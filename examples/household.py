@@ -237,7 +237,7 @@ MEANING = {
     "text": "the plan as text, same actor",
     "no_comm": "no message, same actor",
     "cross_task": "another task's message",
-    "self": "of the sender, told what the actor is",
+    "self": "of the sender, not told the place",
     "randomrot": "message rotated at random",
     "no_comm_base": "no message, base model",
     "keep8": "full message cut to 8 states",

@@ -177,9 +177,13 @@ def open_output(out, settings, fresh=False):
 # ---- 3. The report -------------------------------------------------------------------------------
 
 def report(out, results, rate, meaning, n_tasks):
-    """summary.json, results.png and the table of results {row: {rate, "interval", ...}}; `meaning` of the rows."""
-    seconds = read_json(f"{out}/seconds.json")
-    write_json(f"{out}/summary.json", {"tasks": n_tasks, "results": results, "seconds": seconds})
+    """summary.json, results.png and the table of results {row: {rate, "interval", ...}}, `meaning` of the rows; and
+    the differences of {out}/eval, with the messages that were read there."""
+    seconds, compared = read_json(f"{out}/seconds.json"), read_json(f"{out}/eval/summary.json")["differences"]
+    write_json(f"{out}/summary.json", {"command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                                       "machine": f"{os.cpu_count()} cores, torch {torch.__version__}",
+                                       "tasks": n_tasks, "results": results, "differences": compared,
+                                       "seconds": seconds})
     labels = [meaning.get(row, row) for row in results]
     rates = [figures[rate] for figures in results.values()]
     intervals = [figures["interval"] for figures in results.values()]
@@ -196,5 +200,7 @@ def report(out, results, rate, meaning, n_tasks):
         if figures.get("sender_ms"):
             line += f"  {figures['sender_ms']:6.2f}"
         print(line)
+    for name, (value, low, high) in compared.items():
+        print(f"{name:54s}{value:+.3f}    [{low:+.3f}, {high:+.3f}]")
     print(f"\n{sum(seconds.values()):.0f} s: " + ", ".join(f"{k} {v:g}" for k, v in seconds.items()))
     print(f"wrote {out}/summary.json and {out}/results.png")

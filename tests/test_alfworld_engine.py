@@ -460,7 +460,10 @@ def test_games_that_hang_are_ended_with_their_processes_only(workers, method):
     games.reset({s: hello(s) for s in range(5)})
     pid = games.step({0: "go"})[0][3]["pid"]
     words, start = {0: "hang", 1: "hang", 2: "hang", 3: "sleep", 4: "on"}, time.perf_counter()
-    answers = games.step(words) if method == "step" else games.reset({s: hello(s, word) for s, word in words.items()})
+    if method == "step":
+        answers = games.step(words)
+    else:
+        answers = games.reset({s: hello(s, word) for s, word in words.items()})
     assert time.perf_counter() - start < 2.7
     assert [isinstance(answers[s], Crash) for s in range(5)] == [True, True, True, False, method == "step"]
     assert answers[0] == "no answer within 1 s" and games.ms[0] == 1000 and games.ms[3] >= 500

@@ -240,7 +240,8 @@ def test_task_turn_folds_and_counts_no_system_turn(system, records):
 
 
 @pytest.mark.parametrize("record", [
-    {}, *({"conversations": turns} for turns in (
+    {},
+    *({"conversations": turns} for turns in (
         None, [], "text", ["x"], [{"from": "human"}], shared(("bot", "x")), shared(("gpt", "x")), SYSTEM, ETO[1:],
         SYSTEM + SYSTEM + ETO, [*ETO, {"from": "gpt", "value": " "}], [{**ETO[0], "tool_calls": [1]}, *ETO[1:]])),
     {"conversations": ETO, "tools": [{}]},  # no prompt here would show them

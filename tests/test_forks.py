@@ -100,7 +100,8 @@ def test_a_game(opened):
     """The actor opens safes whose codes it was never trained on, and cannot without the message."""
     folder, inspected = opened
     success = results(folder)
-    assert success["latent"] > 0.97 and success["text"] > 0.97, success
+    assert success["latent"] > 0.97, success
+    assert success["text"] > 0.97, success
     assert success["no_comm"] < 0.05 and success["cross_task"] < 0.05, success
     assert "dial 0 0 1" in inspected
 

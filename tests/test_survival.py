@@ -327,16 +327,17 @@ def test_early_stopping_and_the_best_model(world, tmp_path, monkeypatch, script)
     monkeypatch.setattr(TRAINERS[script], "evaluate", lambda *args: next(losses))
     argv = command(world, script, out, eval_steps=1, save_steps=100, early_stopping_patience=2, save_total_limit=1)
     TRAINERS[script].main(argv)
-    assert column(out, "eval_loss") == [3.0, 2.0, 2.5, 2.1] and not os.path.exists(out / "optimizer.pt")
+    assert column(out, "eval_loss") == [3.0, 2.0, 2.5, 2.1]
+    assert not os.path.exists(out / "optimizer.pt")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-x"]
     assert same_tensors(out, out / "checkpoint-2") and not same_tensors(out, out / "checkpoint-4")
     assert (out / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
     state = read_json(str(out / "trainer_state.json"))
-    expected = {"step": 4, "stopped": True, "best_step": 2, "best_eval_loss": 2.0, "bad_evals": 2}
-    assert state == expected | {"settings": state["settings"]}
+    del state["settings"]
+    assert state == {"step": 4, "stopped": True, "best_step": 2, "best_eval_loss": 2.0, "bad_evals": 2}
     os.remove(out / "trainer_state.json")  # killed in the files of the end
     TRAINERS[script].main(argv)
-    assert read_json(str(out / "trainer_state.json")) == state and len(column(out, "step")) == 4
+    assert state.items() <= read_json(str(out / "trainer_state.json")).items() and len(column(out, "step")) == 4
 
 
 def test_a_finished_run_does_nothing_and_takes_no_other_flags(world, one_rank, refuses, capsys):

@@ -59,7 +59,8 @@ def test_torchrun(world, tmp_path):
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
                "--master_port", str(port), os.path.abspath(train_actor.__file__)]
-    done = subprocess.run([*command, *argv(world, tmp_path / "o")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *argv(world, tmp_path / "o")],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("with loss_log.csv") == 1  # one rank talks
 
@@ -228,10 +229,12 @@ def test_learns_to_read_the_message(tmp_path, world):
      ["id t0", "context of 4096"]),
     (lambda records, sent: records[0].update(plan=["a"]), ["id t0", "plan is not a text"]),
     (lambda records, sent: sent["t2"].update(plan=""), ["id t2", "empty plan"]),
-    (lambda records, sent: [record.update(task="x") for record in sent.values()], ["tasks are the same", "L_sep"])])
+    (lambda records, sent: [record.update(task="x") for record in sent.values()],
+     ["tasks are the same", "L_sep"])])
 def test_bad_records_and_messages(world, tmp_path, refuses, change, words):
-    records, shards = read_json(world["train_file"]), LatentShards(world["hidden_data"])
-    latents = {task_id: shards[task_id].clone() for task_id in shards.records}
+    records = read_json(world["train_file"])
+    shards = LatentShards(world["hidden_data"])
+    latents = {task_id: shards[task_id] for task_id in shards.records}
     change(records, shards.records)
     flags = with_records(world, tmp_path / "t.json", records)
     flags["hidden_data"] = write_messages(tmp_path / "m", latents, shards.records)
