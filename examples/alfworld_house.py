@@ -224,6 +224,7 @@ class UnsureHouse(SeenHouse):
                 "places": places,
                 "named": place,
                 "plan": plan.replace(f"from {route[0]},", f"from {place},"),
+                "plan_of_both": plan.replace(f"from {route[0]},", f"from {' or '.join(places)},"),
                 "conversations": conversation(opening, steps),
             }
         return records
@@ -249,6 +250,14 @@ class HalfToldHouse(ToldHouse):
 
 def is_told(task_id, share):
     return seed_for("told", task_id) < share * 2**63
+
+
+def told(record, share):
+    """A demonstration as a ToldHouse begins: the actor reads what the sender does, in this share of the games."""
+    turns = list(record["conversations"])
+    if is_told(record["id"], share):
+        turns[2] = {"from": "human", "value": record["sender_task"]}
+    return {**record, "conversations": turns}
 
 
 # ---- 3. Demonstrations ---------------------------------------------------------------------------

@@ -138,36 +138,35 @@ def play_rows(out, reader, sizes):
 def make_table(wins):
     """What `play_rows` gives -> {row: its figures}."""
     table, compared = {}, differences(wins)
-    for label, games in wins.items():
-        row, won = label.removeprefix("latent_"), list(games.values())
-        if row in ROWS and won:
+    for row in ROWS:
+        won = list(wins.get(f"latent_{row}", wins.get(row, {})).values())
+        if won:
             table[row] = {"success": statistics.fmean(won), "interval": bootstrap_interval(won), "games": len(won)}
-            if row != label:
-                other = wins[f"cross_task_{row}"].values()
-                table[row] |= {"cross_task": statistics.fmean(other), "pairing": compared[f"pairing_{row}"]}
+        if f"pairing_{row}" in compared:
+            other = wins[f"cross_task_{row}"].values()
+            table[row] |= {"cross_task": statistics.fmean(other), "pairing": compared[f"pairing_{row}"]}
     return table
 
 
 def show(tables, path):
     """The tables on screen, and their picture: success by row, the fuller in colour the larger its pairing."""
     from matplotlib.figure import Figure
-    panels = Figure(figsize=(1 + 2.8 * len(tables), 4)).subplots(1, len(tables), sharey=True, squeeze=False)[0]
-    meanings = [meaning for meaning, *_ in ROWS.values()]
+    figure = Figure(figsize=(1 + 3 * len(tables), 4))
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, (name, table) in zip(panels, tables.items()):
         print(f"\n{name:46s}  success     from       to    other  pairing     from       to")
-        for row in filter(table.get, ROWS):
-            n, figures, color = list(ROWS).index(row), table[row], "lightgrey"
-            numbers = [figures["success"], *figures["interval"]]
+        for row, figures in table.items():
+            n, numbers, color = list(ROWS).index(row), [figures["success"], *figures["interval"]], "lightgrey"
             if "pairing" in figures:
                 numbers += [figures["cross_task"], *figures["pairing"]]
-                color = "tab:blue", min(max(figures["pairing"][0], 0), 1)  # and its opacity
-            print(f"{meanings[n]:46s}" + "".join(f"{number:9.3f}" for number in numbers))
+                color = "tab:blue", max(figures["pairing"][0], 0)  # and its opacity
+            print(f"{ROWS[row][0]:46s}", *map("{:8.3f}".format, numbers))
             axes.barh(n, figures["success"], color=color, edgecolor="tab:blue")
             axes.plot(figures["interval"], [n, n], color="black")
         axes.set(xlim=(0, 1), xlabel="success (95 % interval)", title=name)
-    panels[0].set_yticks(range(len(ROWS)), meanings)
+    panels[0].set_yticks(range(len(ROWS)), [meaning for meaning, *_ in ROWS.values()])
     panels[0].invert_yaxis()
-    save_figure(panels[0].figure, path)
+    save_figure(figure, path)
 
 
 @one_line_errors("alignments.py")
@@ -177,7 +176,7 @@ def main(argv=None):
     parser.flag("--smollm2", "smollm2_out", "--output_dir of smollm2.py")
     parser.flag("--unsure", "unsure_out/seed0/OneWord", "seed 0 of unsure.py")
     args = parser.parse_args(argv)
-    out, sizes, results, panels = args.output_dir, SIZES[args.fast], {}, {}
+    out, sizes, content, tables = args.output_dir, SIZES[args.fast], {}, {}
     if args.fresh:
         remove(out)
     for name, texts in READERS.items():
@@ -188,18 +187,18 @@ def main(argv=None):
         open_output(f"{out}/{name}", reader | sizes | {"model": fingerprint(reader["lm"])})
         wins = play_rows(f"{out}/{name}", reader, sizes)
         if name != "unsure":
-            panels[name] = results[name] = make_table(wins)
+            content[name] = tables[name] = make_table(wins)
             continue
-        named, results[name] = plan_is_right(args.unsure, "OneWord", 0), {}
-        for part, right in (("right", True), ("wrong", False)):
-            chosen = {label: {key: won for key, won in games.items() if named.get(key[1]) == right}
+        content[name], named_right = {}, plan_is_right(args.unsure, "OneWord", 0)
+        for part in ("right", "wrong"):
+            chosen = {label: {key: won for key, won in games.items() if named_right.get(key[1]) == (part == "right")}
                       for label, games in wins.items()}
-            panels[f"unsure, {part} place named"] = results[name][part] = make_table(chosen)
-    if not results:
+            content[name][part] = tables[f"unsure, {part} place named"] = make_table(chosen)
+    if not tables:
         raise UserError("no reader is there: run python examples/alfworld_small.py first")
-    show(panels, f"{out}/alignments.png")
-    machine = f"{os.cpu_count()} cores, torch {torch.__version__}"
-    write_json(f"{out}/alignments.json", results | {"command": " ".join(sys.argv), "machine": machine})
+    show(tables, f"{out}/alignments.png")
+    content |= {"command": " ".join(sys.argv), "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
+    write_json(f"{out}/alignments.json", content)
     print(f"\nwrote {out}/alignments.json and {out}/alignments.png")
 
 

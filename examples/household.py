@@ -192,14 +192,14 @@ def conversation(world, task, actions):
 
 # ---- 2. The language models ----------------------------------------------------------------------
 
-def household_tokenizer():
-    """Every word that the household can say."""
+def household_tokenizer(letters=None):
+    """Every word that the household can say, or every piece of so many letters."""
     # the training tasks hold them all: what is held out are combinations
     texts = [PLAN_ANNOUNCEMENT, "nothing happens .", "you see nothing ."]
     for task in all_tasks("train"):
         turns = conversation(Household(), task, expert(task))
         texts += [task["task"], plan(task), *(turn["value"] for turn in turns)]
-    return build_tokenizer(texts)
+    return build_tokenizer(texts, letters)
 
 
 def sender_samples(rng, size=8):

@@ -13,7 +13,7 @@ import sys
 import time
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
@@ -32,12 +32,18 @@ CHAT_TEMPLATE = """
 {%- if add_generation_prompt %}<assistant>{% endif %}"""
 
 
-def build_tokenizer(texts):
-    """A tokenizer with one token per word of `texts`, and the special ones."""
-    words = SPECIAL + sorted(set(" ".join(texts).split()))
-    vocabulary = {word: i for i, word in enumerate(words)}
+def build_tokenizer(texts, letters=None):
+    """A tokenizer with one token per word of `texts`, or per piece of so many letters, and the special ones."""
+    split = pre_tokenizers.WhitespaceSplit()  # `in/on` and `\boxed{` stay one word
+    if letters:  # ▁drawer -> ▁dr awe r
+        pieces = pre_tokenizers.Split(Regex(f".{{1,{letters}}}"), "isolated")
+        split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pieces])
+    words = {word for text in set(texts) for word, _ in split.pre_tokenize_str(f"{text} ")}
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # `in/on` and `\boxed{` stay one word
+    tokenizer.pre_tokenizer = split
+    if letters:
+        tokenizer.decoder = decoders.Metaspace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -72,11 +78,11 @@ def one_turn(prompt, reply, plan=None):
     return spans_of([{"from": "human", "value": prompt}, {"from": "gpt", "value": reply}], plan)
 
 
-def encode(spans, vocabulary):
+def encode(spans, tokenizer):
     """[(text, supervised?), ...] -> a sample for model.py's `collate`; labels are -100 where not supervised."""
     input_ids, labels = [], []
     for text, supervised in spans:
-        ids = [vocabulary[word] for word in text.split()]
+        ids = tokenizer(text).input_ids
         input_ids += ids
         labels += ids if supervised else [-100] * len(ids)
     return build_sample([], input_ids, labels)
@@ -103,9 +109,8 @@ def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, lea
     lm = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=20, num_training_steps=steps)
-    vocabulary = tokenizer.get_vocab()
     for _ in progress(range(steps), desc=f"train the {role} from scratch", unit="step"):
-        batch = collate([encode(spans, vocabulary) for spans in draw(rng)])
+        batch = collate([encode(spans, tokenizer) for spans in draw(rng)])
         # no attention mask: the padding is on the right, where causal attention does not look
         loss = lm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
         optimizer.zero_grad()

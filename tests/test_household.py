@@ -125,7 +125,7 @@ def test_a_sample_supervises_what_it_says():
     for text, first in ((None, "<user> a b <eos> <assistant>"),
                         ("c c", "<user> a b plan : <bop> c c <eop> <eos> <assistant>")):
         spans = scratch.spans_of(turns, text)
-        sample = scratch.encode(spans, tokenizer.get_vocab())
+        sample = scratch.encode(spans, tokenizer)
         words = tokenizer.convert_ids_to_tokens(sample["input_ids"])
         assert words == f"{first} c <eos> <user> b <eos> <assistant> a <eos>".split()
         learned = [word for word, label in zip(words, sample["labels"]) if label != -100]
@@ -134,7 +134,7 @@ def test_a_sample_supervises_what_it_says():
     # as the scripts will render it
     chat = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
     ids = tokenizer.apply_chat_template(chat, return_dict=False)
-    assert ids == scratch.encode(scratch.one_turn("a b", "c"), tokenizer.get_vocab())["input_ids"]
+    assert ids == scratch.encode(scratch.one_turn("a b", "c"), tokenizer)["input_ids"]
 
 
 # ---- all stages of the household
