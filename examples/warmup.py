@@ -23,7 +23,7 @@ from common import one_line_errors, read_json, save_figure, write_json  # noqa: 
 from examples.household import household_tokenizer, sender_samples  # noqa: E402
 from examples.scratch import demo_parser, make_lm, open_output, stage  # noqa: E402
 
-COLLECT = """collect.py custom --env examples.household:Household --model_name_or_path {out}/pieces
+COLLECT = """collect.py custom --env examples.household:Household --model_name_or_path {out}/sender
     --prompt_template '{{task}}' --max_new_tokens 120 --batch_size 64 --torch_dtype fp32 --split train
     --max_samples {n} --output_dir {out}/messages_pieces"""
 HOUSEHOLD = """train_actor.py --model_name_or_path {models}/base --train_file {models}/train.json
@@ -79,7 +79,7 @@ def main(argv=None):
     # --- another sender for the household: its tokens are pieces of three letters, the actor's are words
     n = read_json(f"{args.household}/settings.json")["sizes"]["train"]
     tokenizer, steps = household_tokenizer(letters=3), 2 if args.fast else 500
-    make_lm(f"{out}/pieces", tokenizer, "sender", sender_samples, 0, steps)
+    make_lm(f"{out}/sender", tokenizer, "sender", sender_samples, 0, steps)
     stage(out, "collect pieces", COLLECT, n=n)
 
     curves = {}
