@@ -3,17 +3,16 @@ Alignments without training, under the same harness: what readers make of messag
 
   python examples/alfworld_small.py       # first: two readers, demonstrations, messages
   python examples/unsure.py               # for the rows of the unsure sender
-  python examples/smollm2.py --model ...  # for those of a pre-trained model, which take 8 GB of disk
+  python examples/smollm2.py --model ...  # for those of a pre-trained model, 7 GB of disk more
   python examples/alignments.py --fast    # a quarter of an hour: shows that it runs
-  python examples/alignments.py           # two to three hours on 2 cores, as many more with SmolLM2
+  python examples/alignments.py           # two hours on 2 cores, and two more with SmolLM2
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was. What the
 other examples have not left yet is left out, and joins in later.
 
-The same plans reach language models in seven ways: as last states, through no adapter, a rotation (Procrustes),
-an adapter that learned their words alone or one that learned the task; as vectors of words; as random vectors.
-Each row is played under the right message and under another game's: what is lost under the other one, the
-pairing, was read in the message.
+The same plans reach language models in seven ways: as last states, through no adapter, a rotation, an adapter
+fitted to their words or one that learned the task; as vectors of words; as random vectors. Each row is played
+under the right message and under another game's: their difference, the pairing, is what was read in it.
 
 What this shows: how much of what training buys an alignment gives for seconds of fitting. What it does not
 show: that it would do so between strangers. A sender and its readers have the same start and one table for
@@ -45,12 +44,12 @@ SIZES = {  # by --fast: demonstrations to fit on, steps of the warm-up, games of
 # ---- What is sent --------------------------------------------------------------------------------
 
 def noise(lm, hidden_states, logits):
-    """Random vectors (n, D) as long as `likeliest` ones. A word's is the same in any batch and run: they tell
-    all that `likeliest` tells, in a code that nobody has learned."""
+    """Random vectors (n, D) as long as `likeliest` ones, for a word always the same, whatever the batch: all
+    that `likeliest` tells, in a code that nobody has learned."""
     words = likeliest(lm, hidden_states, logits)
     generators = [torch.Generator().manual_seed(word) for word in logits.argmax(-1).tolist()]
-    vectors = torch.stack([torch.randn(words.shape[1], generator=generator) for generator in generators])
-    return F.normalize(vectors).to(words) * words.norm(dim=1, keepdim=True)
+    vectors = [torch.randn(words.shape[1], generator=generator) for generator in generators]
+    return F.normalize(torch.stack(vectors)).to(words) * words.norm(dim=1, keepdim=True)
 
 
 ROWS = {  # row: (what the reader gets, --send, the adapter as train_actor.py's flags)
@@ -71,39 +70,30 @@ SMALL = {
     "sender": "{small}/base", "messages": "{small}/base_train", "told": "{small}/base_told.json",
     "env": "examples.alfworld_house:SeenHouse", "splits": "valid_seen valid_unseen",
     "fit_flags": "--task_turn 2 --plan_announcement 'plan :' ",
-    "play_flags": "--num_episodes {games} --max_new_tokens 20 --batch_size 140",
-}
+    "play_flags": "--num_episodes {games} --max_new_tokens 20 --batch_size 140"}
 READERS = {
     "text": SMALL | {"lm": "{small}/base"},
     "latent": SMALL | {"lm": "{small}/base_actor", "actor": "{small}/base_actor"},
     "SmolLM2": SMALL | {
         "lm": "{smollm2}/text_actor", "sender": "{smollm2}/sender", "messages": "{smollm2}/messages",
         "told": "{smollm2}/told.json", "fit_flags": "--task_turn 2 ",
-        "play_flags": "--num_episodes {few} --max_new_tokens 24",
-    },
+        "play_flags": "--num_episodes {few} --max_new_tokens 24"},
     "unsure": {
         "lm": "{unsure}/base", "sender": "{unsure}/base", "messages": "{unsure}/messages_train",
         "told": "{unsure}/train.json", "env": "examples.unsure:OneWord", "splits": "test-0",
         "fit_flags": "--plan_announcement 'plan :' ",
-        "play_flags": "--num_episodes {games} --max_new_tokens 10 --max_steps 10 --batch_size 300",
-    },
+        "play_flags": "--num_episodes {games} --max_new_tokens 10 --max_steps 10 --batch_size 300"},
 }
 
 # ---- The stages ----------------------------------------------------------------------------------
 
-def write_demonstrations(path, told, messages, n):
-    """n of them, with what the sender read and wrote, so that it need not write it again."""
-    said, records = open_shards(messages).records, read_json(told)[:n]
-    for record in records:
-        record |= {key: said[record["id"]][key] for key in ("task", "plan")}
-    write_json(path, records)
-
-
 def play_rows(out, reader, sizes):
     """Every row of a reader, whose LM stays as it is -> {variant_row: {(split, game): whether it was won}}."""
-    write_demonstrations(f"{out}/train.json", reader["told"], reader["messages"], sizes["fit"])
-    # the messages that are there tell dtype, prompt_template and max_new_tokens of their sender
-    settings = open_shards(reader["messages"]).sender | reader | sizes
+    shards, records = open_shards(reader["messages"]), read_json(reader["told"])[:sizes["fit"]]
+    for record in records:  # what the sender read and wrote: with --plan_field it need not write it again
+        record |= {key: shards.records[record["id"]][key] for key in ("task", "plan")}
+    write_json(f"{out}/train.json", records)
+    settings = shards.sender | reader | sizes  # the sender's: dtype, prompt_template, max_new_tokens
     wins = collections.defaultdict(dict)
     for row, (_, send, adapter) in ROWS.items():
         if send is None or adapter is None and "actor" not in reader:
@@ -141,7 +131,8 @@ def make_table(wins):
     for row in ROWS:
         won = list(wins.get(f"latent_{row}", wins.get(row, {})).values())
         if won:
-            table[row] = {"success": statistics.fmean(won), "interval": bootstrap_interval(won), "games": len(won)}
+            interval = bootstrap_interval(won)
+            table[row] = {"success": statistics.fmean(won), "interval": interval, "games": len(won)}
         if f"pairing_{row}" in compared:
             other = wins[f"cross_task_{row}"].values()
             table[row] |= {"cross_task": statistics.fmean(other), "pairing": compared[f"pairing_{row}"]}
@@ -151,19 +142,21 @@ def make_table(wins):
 def show(tables, path):
     """The tables on screen, and their picture: success by row, the fuller in colour the larger its pairing."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(1 + 3 * len(tables), 4))
+    figure = Figure(figsize=(2 + 3 * len(tables), 4))
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, (name, table) in zip(panels, tables.items()):
         print(f"\n{name:46s}  success     from       to    other  pairing     from       to")
         for row, figures in table.items():
-            n, numbers, color = list(ROWS).index(row), [figures["success"], *figures["interval"]], "lightgrey"
+            numbers, color = [figures["success"], *figures["interval"]], "lightgrey"
             if "pairing" in figures:
                 numbers += [figures["cross_task"], *figures["pairing"]]
                 color = "tab:blue", max(figures["pairing"][0], 0)  # and its opacity
             print(f"{ROWS[row][0]:46s}", *map("{:8.3f}".format, numbers))
+            n = list(ROWS).index(row)
             axes.barh(n, figures["success"], color=color, edgecolor="tab:blue")
             axes.plot(figures["interval"], [n, n], color="black")
-        axes.set(xlim=(0, 1), xlabel="success (95 % interval)", title=name)
+        axes.set(xlim=(0, 1), title=name)
+    figure.supxlabel("success (95 % interval); the fuller a bar, the larger its pairing", y=0)
     panels[0].set_yticks(range(len(ROWS)), [meaning for meaning, *_ in ROWS.values()])
     panels[0].invert_yaxis()
     save_figure(figure, path)
@@ -182,16 +175,16 @@ def main(argv=None):
     for name, texts in READERS.items():
         reader = {key: text.format(**vars(args), **sizes) for key, text in texts.items()}
         if not os.path.exists(f"{reader['lm']}/config.json"):
-            print(f"{name} is left out: no model in {reader['lm']}")
+            print(name, "is left out: no model in", reader["lm"])
             continue
         open_output(f"{out}/{name}", reader | sizes | {"model": fingerprint(reader["lm"])})
         wins = play_rows(f"{out}/{name}", reader, sizes)
         if name != "unsure":
             content[name] = tables[name] = make_table(wins)
             continue
-        content[name], named_right = {}, plan_is_right(args.unsure, "OneWord", 0)
-        for part in ("right", "wrong"):
-            chosen = {label: {key: won for key, won in games.items() if named_right.get(key[1]) == (part == "right")}
+        named, content[name] = plan_is_right(args.unsure, "OneWord", 0), {}
+        for part, right in (("right", True), ("wrong", False)):
+            chosen = {label: {game: won for game, won in games.items() if named.get(game[1]) is right}
                       for label, games in wins.items()}
             content[name][part] = tables[f"unsure, {part} place named"] = make_table(chosen)
     if not tables:
@@ -199,7 +192,7 @@ def main(argv=None):
     show(tables, f"{out}/alignments.png")
     content |= {"command": " ".join(sys.argv), "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
     write_json(f"{out}/alignments.json", content)
-    print(f"\nwrote {out}/alignments.json and {out}/alignments.png")
+    print("\nwrote alignments.json and alignments.png to", out)
 
 
 if __name__ == "__main__":
