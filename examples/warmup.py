@@ -38,7 +38,8 @@ RUNS = {  # name of the curve: (world, flags)
     "household": (HOUSEHOLD, "--learning_rate 1e-3 --adapter_learning_rate 3e-3"),
     "household, warmed up": (HOUSEHOLD, "--learning_rate 3e-4 --adapter_warmup_steps 50"),
     "pieces": (HOUSEHOLD, "--learning_rate 1e-3 --adapter_learning_rate 3e-3"),
-    "pieces, warmed up": (HOUSEHOLD, "--learning_rate 3e-4 --adapter_warmup_steps 200"),
+    "pieces, warmed up": (HOUSEHOLD, "--learning_rate 1e-3 --adapter_learning_rate 3e-4 "
+                          "--adapter_warmup_steps 200"),
     "SmolLM2": (SMOLLM2, "--learning_rate 1e-4 --adapter_learning_rate 2e-3"),
     "SmolLM2, warmed up": (SMOLLM2, "--learning_rate 3e-5 --adapter_learning_rate 1e-4 "
                            "--adapter_warmup_steps 400"),
