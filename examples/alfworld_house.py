@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import (  # noqa: E402
-    Parser, UserError, one_line_errors, positive, read_json, seed_for, write_text)
+    Parser, UserError, one_line_errors, positive, read_json, seed_for, write_json, write_text)
 from games import AlfworldGame, Crash, in_workers, open_split  # noqa: E402
 
 # ---- 1. What the house holds ---------------------------------------------------------------------
@@ -133,13 +133,15 @@ def decoys(goal, facts):
     None of the goal's kind of place, unless the object has first to be cleaned, heated or cooled: one that lay
     there would be where it belongs."""
     kind = goal["object"] + "type"
-    fitting = {place_type for place_type, thing_type in facts_of(facts, "cancontain") if thing_type == kind}
-    if not goal["verb"]:
-        fitting.discard(f"{goal['place']}type")
     objects = {thing for thing, thing_type in facts_of(facts, "objecttype") if thing_type == kind}
     taken = {place for thing, place in facts_of(facts, "inreceptacle") if thing in objects}
-    return [place for place, place_type in facts_of(facts, "receptacletype")
-            if place_type in fitting and place not in taken]
+    can_contain = set(facts_of(facts, "cancontain"))  # {("desktype", "pentype"), ...}
+    places = []
+    for place, place_type in facts_of(facts, "receptacletype"):
+        is_target = not goal["verb"] and place_type == f"{goal['place']}type"
+        if (place_type, kind) in can_contain and place not in taken and not is_target:
+            places.append(place)
+    return places
 
 
 def place_in_words(things):
@@ -190,41 +192,45 @@ class UnsureHouse(SeenHouse):
 
     def tasks(self, split):
         tasks = super().tasks(split)
-        with_decoy = [task for task in tasks if decoys(read_goal(task), facts_in_file(task))]
+        with_decoy = []
+        for task in tasks:
+            if decoys(read_goal(task), facts_in_file(task)):
+                with_decoy.append(task)
         print(f"{split}: {len(tasks) - len(with_decoy)} of {len(tasks)} games are left out: no place for a decoy")
         return with_decoy
 
     def sender_text(self, task):
         opening, goal = super().reset(task), read_goal(task)
         things, route, _ = locate(task, goal, self.facts)
-        either = " or at ".join(two_places(task, route[0], decoys(goal, self.facts)))
+        places = two_places(task, route[0], decoys(goal, self.facts))
         for n, (thing, place) in enumerate(things):
             if kind_of(thing) == goal["object"] and place == route[0]:
-                things[n] = (thing, either)
+                things[n] = (thing, " or at ".join(places))
         return f"You have seen this house: {place_in_words(things)}\n\n{opening}"
 
     def demonstrate(self, task):
         """How one wins whose plan names the right place, or the decoy -> {"right": record, "wrong": record}: go
         where the plan says, if nothing is there to the other place, then on as the goal says."""
-        goal, sender_task, opening = read_goal(task), self.sender_text(task), self.reset(task)
+        goal, sender_task = read_goal(task), self.sender_text(task)
         things, route, target = locate(task, goal, self.facts)
         lamp_places = [place for thing, place in things if kind_of(thing) == goal["lamp"]]
-        places = two_places(task, route[0], decoys(goal, self.facts))
-        decoy, = set(places) - {route[0]}
-        direct = play_out(self, actions_to_win(self, goal, route, target, lamp_places))
-        self.reset(task)
-        detour = play_out(self, actions_to_win(self, goal, [decoy, *route], target, lamp_places))
-        plan = plan_in_words([action for action, _ in direct])
+        right = route[0]
+        places = two_places(task, right, decoys(goal, self.facts))
+        decoy = places[1 - places.index(right)]
         records = {}
-        for name, place, steps in (("right", route[0], direct), ("wrong", decoy, detour)):
+        for name, route in (("right", route), ("wrong", [decoy, *route])):
+            opening = self.reset(task)
+            steps = play_out(self, actions_to_win(self, goal, route, target, lamp_places))
+            if name == "right":
+                plan = plan_in_words([action for action, _ in steps])
             records[name] = {
                 "id": task["id"],
                 "type": task["type"],
                 "sender_task": sender_task,
                 "places": places,
-                "named": place,
-                "plan": plan.replace(f"from {route[0]},", f"from {place},"),
-                "plan_of_both": plan.replace(f"from {route[0]},", f"from {' or '.join(places)},"),
+                "named": route[0],
+                "plan": plan.replace(f"from {right},", f"from {route[0]},"),
+                "plan_of_both": plan.replace(f"from {right},", f"from {' or '.join(places)},"),
                 "conversations": conversation(opening, steps),
             }
         return records
@@ -252,12 +258,15 @@ def is_told(task_id, share):
     return seed_for("told", task_id) < share * 2**63
 
 
-def told(record, share):
-    """A demonstration as a ToldHouse begins: the actor reads what the sender does, in this share of the games."""
-    turns = list(record["conversations"])
-    if is_told(record["id"], share):
-        turns[2] = {"from": "human", "value": record["sender_task"]}
-    return {**record, "conversations": turns}
+def told(records, share):
+    """Demonstrations as a ToldHouse begins them: in a share of the games the actor reads what the sender does."""
+    changed = []
+    for record in records:
+        turns = list(record["conversations"])
+        if is_told(record["id"], share):
+            turns[2] = {"from": "human", "value": record["sender_task"]}
+        changed.append({**record, "conversations": turns})
+    return changed
 
 
 # ---- 3. Demonstrations ---------------------------------------------------------------------------
@@ -391,6 +400,80 @@ def plan_in_words(actions):
         elif verb != "open":
             words.append(action.replace(thing, "it").replace("in/on", "in"))
     return ", ".join(words) + "."
+
+
+def write_lessons(folder, out):
+    """Of the demonstrations of an UnsureHouse what models learn: {out}/planning.json, a prompt with either plan;
+    {out}/both.json, with the plan of both places; {out}/train_direct.jsonl, an actor that follows each plan."""
+    samples = {"planning": [], "both": [], "acting": []}
+    for record in read_json(f"{folder}/train_right.jsonl") + read_json(f"{folder}/train_wrong.jsonl"):
+        plans = {"planning": record["plan"]}
+        if record["named"] == record["places"][0]:  # "shelf 2 or drawer 4": go to shelf 2 first
+            plans["both"] = record["plan_of_both"]
+        for name, plan in plans.items():
+            sample = {**record, "id": f"{record['id']} {plan}", "plan": plan}
+            samples["acting"].append(sample)
+            turns = [
+                {"from": "human", "value": record["sender_task"]},
+                {"from": "gpt", "value": plan},
+            ]
+            samples[name].append({**sample, "conversations": turns})
+    write_json(f"{out}/planning.json", samples["planning"])
+    write_json(f"{out}/both.json", samples["both"])
+    lines = [json.dumps(sample) + "\n" for sample in samples["acting"]]
+    write_text(f"{out}/train_direct.jsonl", "".join(lines))
+
+
+def followed(records, plans):
+    """The demonstrations that do what the sender's plans, {id: plan}, say; of two places the first one first."""
+    kept = []
+    for record in records:
+        plan = re.sub(" ([.,])", r"\1", plans[record["id"]])  # as it is spelled without a tokenizer
+        plan = re.sub(r"(from \S+ \d+) or \S+ \d+", r"\1", plan)
+        if plan == record["plan"]:
+            kept.append(record)
+    return kept
+
+
+def what_is_named(records, plans):
+    """Demonstrations, the sender's plans {id: plan} -> {id: (the place that a plan names, the other one, "right" |
+    "wrong")}, or (None, None, "neither")."""
+    named = {}
+    for record in records:
+        named[record["id"]] = (None, None, "neither")
+        match = re.search(r"from (\S+ \d+)", plans[record["id"]])
+        places = record["places"]
+        if match and match[1] in places:
+            other = places[1 - places.index(match[1])]
+            which = "right" if match[1] == record["named"] else "wrong"
+            named[record["id"]] = (match[1], other, which)
+    return named
+
+
+def visited(actions):
+    """Where one goes, each place once -> ["drawer 4", "shelf 2"]."""
+    places = []
+    for action in actions:
+        match = re.fullmatch(r"(go to|examine) ([a-z]+ \d+)", action or "")
+        if match and match[2] not in places:
+            places.append(match[2])
+    return places
+
+
+def second_visits(episodes, named):
+    """Played episodes, `what_is_named` in their games -> of those whose plan names the wrong place {"games", "first":
+    how often the first visit is there; "kind", "place": the second one is to the other's kind, to the other}."""
+    counts = {"games": 0, "first": 0, "kind": 0, "place": 0}
+    for episode in episodes:
+        place, other, which = named[f"{episode['split']}/{episode['id']}"]
+        if which == "wrong":
+            actions = [turn["action"] for turn in episode["turns"]]
+            first, second, *_ = [*visited(actions), " ", " "]
+            counts["games"] += 1
+            counts["first"] += first == place
+            counts["kind"] += kind_of(second) == kind_of(other)
+            counts["place"] += second == other
+    return counts
 
 
 # -----------------------------------------------------------------------------------------------------

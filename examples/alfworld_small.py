@@ -352,6 +352,10 @@ def get_args(argv):
                 nargs="+", type=int)
     parser.add_argument("--from_games", action="store_true", help="play the training games anew for their "
                         "demonstrations, an hour, instead of unpacking those of assets/")
+    parser.add_argument("--unsure", action="store_true", help="instead, in OUTPUT_DIR/unsure: a sender who knows two "
+                        "places and not which is right (alfworld_unsure.py); five hours a seed, or --fast")
+    parser.flag("--actor_knows", None, "instead, in OUTPUT_DIR/actor_knows: the actor is told the place too, in this "
+                "share of the games; two hours a seed, or --fast", nargs="+", type=float, choices=[0, 0.5, 1])
     return parser.parse_args(argv)
 
 
@@ -360,6 +364,9 @@ def main(argv=None):
     args = get_args(argv)
     for split in SPLITS:
         open_split("alfworld", split)  # an hour from now it would be late to say that they are missing
+    if args.unsure or args.actor_knows:
+        from examples.alfworld_unsure import who_knows  # it builds on this file
+        return who_knows(args.output_dir, args.actor_knows, args.seeds, args.fast, args.fresh)
     out, sizes = args.output_dir, SIZES[args.fast]
     open_output(out, {"example": "alfworld_small", "sizes": sizes, "from_games": args.from_games}, args.fresh)
 

@@ -5,15 +5,14 @@ Who knows what, on ALFWorld's own games: a sender that is unsure, an actor that 
   python examples/alfworld_small.py --unsure --seeds 0 1 2   # five hours a seed on 2 cores
   python examples/alfworld_small.py --actor_knows 0 0.5 1    # two hours a seed
 
-Type this at the top of the repository, and again after a kill. --unsure is unsure.py with the models of
-alfworld_small.py, on all games that alfworld-download brings, those of train included:
+--unsure is unsure.py on the games and with the models of alfworld_small.py. It plays those of train, too:
 
     sender reads   You have seen this house: mug 1 is at shelf 2 or at drawer 4. You are in ...
     its plan       take mug 1 from drawer 4, heat it with microwave 1, put it in cabinet 2.
 
 An actor that finds nothing where the plan says has to go to the other place, if it can read which that is.
-Where a mug may lie and where mugs do lie are other kinds of places: a guess by kinds is right in 80 % of the
-games. So the sender does not learn from the right plans only, but from both plans of a prompt.
+A guess by kinds of places is right in 80 % of the games, because mugs are seldom where a mug may lie as well. So
+the sender learns both plans of a prompt: one that learned the right plan would not be unsure.
 
 --actor_knows Q: in a share Q of the games the actor is told what the sender is, in training and when it plays.
 
@@ -24,32 +23,26 @@ games. So the sender does not learn from the right plans only, but from both pla
 """
 import functools
 import glob
-import json
-import os
-import re
 import statistics
-import sys
 
 import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
-
-from common import read_json, read_rows, save_figure, write_json, write_text  # noqa: E402
-from data import Conversations  # noqa: E402
-from examples.alfworld_house import kind_of, told  # noqa: E402
-from examples.alfworld_small import (  # noqa: E402
+from common import read_json, read_rows, save_figure, write_json
+from data import Conversations
+from examples.alfworld_house import followed, second_visits, told, what_is_named, write_lessons
+from examples.alfworld_small import (
     SPLITS, make_lm, make_tokenizer, train_lm, unpack_demonstrations, write_planning, write_told)
-from examples.scratch import PLAN_ANNOUNCEMENT, once, open_output, stage  # noqa: E402
-from examples.unsure import folder_of  # noqa: E402
-from model import open_shards  # noqa: E402
-from variants import DIFFERENCES, bootstrap_interval  # noqa: E402
+from examples.scratch import PLAN_ANNOUNCEMENT, once, open_output, stage
+from examples.unsure import folder_of, plot
+from model import open_shards
+from variants import bootstrap_interval, differences
 
 SIZES = {  # by --fast: steps and counts; `actor` is of --unsure, `knowing` of --actor_knows
     False: {"base": 1600, "both": 500, "warm": 200, "actor": 800, "every": 100, "knowing": 120, "train": 3554,
             "games": 140},
-    True: {"base": 60, "both": 30, "warm": 20, "actor": 4, "every": 2, "knowing": 4, "train": 60, "games": 20},
+    True: {"base": 100, "both": 100, "warm": 20, "actor": 4, "every": 2, "knowing": 4, "train": 60, "games": 20},
 }
 ACTORS = {  # row of the table: (its messages, what an evaluation calls them, flags of train_actor.py)
     "latent": ("messages", "latent", "--curriculum 0"),
@@ -66,33 +59,19 @@ SENDERS = {  # messages: (the sender, what it sends of its states)
     "likeliest": ("base", "examples.unsure:likeliest"),
     "expected": ("base", "expected"),
 }
-CURVES = {"latent": "tab:blue", "latent, adapter warmed up": "tab:red"}
+CURVES = ["latent", "latent, adapter warmed up"]  # rows that are played at every checkpoint
 HOUSES = {0.0: "SeenHouse", 0.5: "HalfToldHouse", 1.0: "ToldHouse"}  # by the share of games that tell the actor
 
 # ---- 1. The models -------------------------------------------------------------------------------
 
-def write_samples(out, root):
-    """What the models learn from. planning.json: a prompt and its plans, of the right place and of the decoy.
-    both.json: the plan of both places. train_direct.jsonl: demonstrations that follow each of the three."""
-    samples = {"planning": [], "both": [], "acting": []}
-    for record in [*read_json(f"{root}/train_right.jsonl"), *read_json(f"{root}/train_wrong.jsonl")]:
-        plans = {"planning": record["plan"]}
-        if record["named"] == record["places"][0]:  # "shelf 2 or drawer 4": go to shelf 2 first
-            plans["both"] = record["plan_of_both"]
-        for name, plan in plans.items():
-            sample = {**record, "id": f"{record['id']} {plan}", "plan": plan}
-            samples["acting"].append(sample)
-            turns = [{"from": "human", "value": record["sender_task"]}, {"from": "gpt", "value": plan}]
-            samples[name].append({**sample, "conversations": turns})
-    write_json(f"{out}/planning.json", samples["planning"])
-    write_json(f"{out}/both.json", samples["both"])
-    write_text(f"{out}/train_direct.jsonl", "\n".join(map(json.dumps, samples["acting"])))
-
-
 def train_base(out, tokenizer, seed, steps, more=()):
-    """The sender and start of the actors, by the recipe of alfworld_small.py; more: groups of `train_lm`."""
-    direct = Conversations(f"{out}/train_direct.jsonl", tokenizer, kind="text", announcement=PLAN_ANNOUNCEMENT,
-                           task_turn=2)
+    """The sender and start of the actors, as in alfworld_small.py; more: groups of samples."""
+    direct = Conversations(
+        f"{out}/train_direct.jsonl",
+        tokenizer,
+        kind="text",
+        announcement=PLAN_ANNOUNCEMENT,
+        task_turn=2)
     search = Conversations(f"{out}/train_search.jsonl", tokenizer, kind="none", task_turn=2)
     planning = Conversations(f"{out}/planning.json", tokenizer, kind="none")
     groups = [(direct, "text", 12), (search, "none", 4), (planning, "none", 12), *more]
@@ -102,8 +81,8 @@ def train_base(out, tokenizer, seed, steps, more=()):
 
 def unsure_models(out, root, seed, sizes):
     """{out}/base, whose plans name one of two places, and {out}/both, a sender that has learned to name both."""
-    unpack_demonstrations(out)  # of the searches; the others are written anew
-    write_samples(out, root)
+    unpack_demonstrations(out)  # those that search; the others are written anew
+    write_lessons(root, out)
     tokenizer = make_tokenizer(out)
     train_base(out, tokenizer, seed, sizes["base"])
     both = Conversations(f"{out}/both.json", tokenizer, kind="none")
@@ -115,7 +94,7 @@ def knowing_model(out, seed, sizes):
     """{out}/base for every share: it has also learned to act on what it is told itself."""
     unpack_demonstrations(out)
     write_planning(out)
-    write_json(f"{out}/told.json", [told(record, 1.0) for record in read_json(f"{out}/train_direct.jsonl")])
+    write_json(f"{out}/told.json", told(read_json(f"{out}/train_direct.jsonl"), 1.0))
     tokenizer = make_tokenizer(out)
     knowing = Conversations(f"{out}/told.json", tokenizer, kind="none", task_turn=2)
     train_base(out, tokenizer, seed, sizes["base"], [(knowing, "none", 4)])
@@ -145,164 +124,259 @@ def play(out, folder, variants, **values):
     return episodes
 
 
-def plans_of(out, root, split):
-    """{id: (the place that its plan names, the other one, "right" | "wrong")}; not of plans that name neither."""
-    records, plans = open_shards(f"{out}/messages_{split}").records, {}
-    for record in read_json(f"{root}/{split}_right.jsonl"):
-        match = re.search(r"from (\S+ \d+)", records[record["id"]]["plan"])
-        if match and match[1] in record["places"]:
-            other, = set(record["places"]) - {match[1]}
-            plans[record["id"]] = match[1], other, "right" if match[1] == record["named"] else "wrong"
-    return plans
+def plans_of(out, messages, split):
+    return {key: record["plan"] for key, record in open_shards(f"{out}/{messages}_{split}").records.items()}
 
 
-def write_followed(out, root, messages):
-    """Of each training message the demonstration that does what its plan says, if there is one (`write_told`)."""
-    plans, followed, every = open_shards(f"{out}/{messages}_train").records, [], []
-    for name in ("right", "wrong"):
-        for record in read_json(f"{root}/train_{name}.jsonl"):
-            plan = re.sub(" ([.,])", r"\1", plans[record["id"]]["plan"])
-            first = re.sub(r"(from \S+ \d+) or \S+ \d+", r"\1", plan)  # of a plan of both places
-            followed += [record] * (first == record["plan"])
-            every += [record] * (name == "right")
-    print(f"{messages}: {len(followed)} of {len(every)} plans are followed by a demonstration")
-    # the senders of --fast have hardly learned to plan
-    write_json(f"{out}/{messages}.json", followed if len(followed) > len(every) / 2 else every)
-
-
-def unsure_seed(out, root, seed, sizes, with_curves):
-    """All stages of a seed -> {"episodes": {row: {game: steps or None}}, "plans": {game: as `plans_of`},
+def unsure_seed(out, root, seed, sizes):
+    """All stages of a seed -> {"episodes": {row: {game: steps or None}}, "named": {game: as in `what_is_named`},
     "probe": figures, "visits": {row: counts}, "curves": {row: lists}}."""
     once(out, "language models", functools.partial(unsure_models, out, root, seed, sizes))
+
+    # --- messages, and of each plan the demonstration that does what it says, if there is one
+    right, wrong = (read_json(f"{root}/train_{name}.jsonl") for name in ("right", "wrong"))
     for messages, (sender, send) in SENDERS.items():
         for split in ("train", *SPLITS):
-            stage(out, f"{messages}, {split}", COLLECT + """--dataset_path {root}/{split}_right.jsonl
-                --task_field sender_task""", sender=sender, send=send, messages=messages, split=split, root=root)
-        write_followed(out, root, messages)
-    plans = {f"{split}/{key}": plan for split in SPLITS for key, plan in plans_of(out, root, split).items()}
-    result = {"episodes": {}, "plans": plans, "probe": probe(out, root), "visits": {}, "curves": {}}
+            stage(
+                out, f"{messages}, {split}",
+                COLLECT + "--dataset_path {root}/{split}_right.jsonl --task_field sender_task",
+                root=root, split=split, messages=messages, sender=sender, send=send)
+        kept = followed(right + wrong, plans_of(out, messages, "train"))
+        # the senders of --fast have hardly learned to plan
+        write_json(f"{out}/{messages}.json", kept if len(kept) > len(right) / 2 else right)
+    named, games = {}, {}
+    for split in ("train", *SPLITS):
+        records = read_json(f"{root}/{split}_right.jsonl")
+        named[split] = what_is_named(records, plans_of(out, "messages", split))
+        for task_id, places in named[split].items():
+            games[f"{split}/{task_id}"] = places
+    result = {
+        "episodes": {},
+        "named": games,
+        "probe": probe(out, named),
+        "visits": {},
+        "curves": {},
+    }
 
+    # --- actors, which all have the same start and steps
     for row, (messages, variant, flags) in ACTORS.items():
         folder = folder_of(row)
         values = {**sizes, "house": "UnsureHouse", "seed": seed, "messages": messages}
-        stage(out, f"train {row}", TRAIN + """--max_steps {actor} --learning_rate 1e-3
-            --adapter_learning_rate 3e-3 --plan_similarity_weight 0 --random_contrast_weight 0
-            --save_total_limit 99 """ + flags, folder=folder, **values,
-              train_file="train_search.jsonl" if variant == "no_comm" else f"{messages}.json")
+        train_file = "train_search.jsonl" if variant == "no_comm" else f"{messages}.json"
+        stage(
+            out, f"train {row}",
+            TRAIN + """--max_steps {actor} --learning_rate 1e-3 --adapter_learning_rate 3e-3
+                --plan_similarity_weight 0 --random_contrast_weight 0 --save_total_limit 99 """ + flags,
+            folder=folder, train_file=train_file, **values)
         controls = " cross_task no_comm" if row == "latent" else ""
         played = play(out, folder, variant + controls, **values)
         for name, episodes in played.items():
             result["episodes"][row if name == variant else f"latent's {name}"] = episodes
-        result["visits"][row] = visits(f"{out}/play/{folder}", variant, plans)
-        if row not in CURVES or not with_curves:
-            continue
-        points = result["curves"][row] = {"step": [], "loss": [], "success": []}  # the latter of wrong plans
-        for record in read_rows(f"{out}/{folder}/loss_log.csv"):
-            if record["eval_loss"]:
-                played = play(out, f"{folder}/checkpoint-{record['step']}", variant, **values)[variant]
-                won = [played[game] is not None for game, plan in plans.items() if plan[2] == "wrong"]
-                points["step"].append(int(record["step"]))
-                points["loss"].append(float(record["eval_loss"]))
-                points["success"].append(sum(won) / max(1, len(won)))
+        paths = glob.glob(f"{out}/play/{folder}_valid_*/episodes/{variant}/run0/*.json")
+        result["visits"][row] = second_visits(map(read_json, paths), games)
+        if row in CURVES:
+            result["curves"][row] = learning_curve(out, folder, variant, games, values)
     return result
+
+
+def learning_curve(out, folder, variant, named, values):
+    """How the second place is learned -> {"step", "loss", "success"}, three lists: the held-out loss, and the
+    success where the plan named the wrong place."""
+    curve = {"step": [], "loss": [], "success": []}
+    for record in read_rows(f"{out}/{folder}/loss_log.csv"):
+        if record["eval_loss"]:
+            checkpoint = f"{folder}/checkpoint-{record['step']}"
+            episodes = play(out, checkpoint, variant, **values)[variant]
+            won = [steps is not None for game, steps in episodes.items() if named[game][2] == "wrong"]
+            curve["step"].append(int(record["step"]))
+            curve["loss"].append(float(record["eval_loss"]))
+            curve["success"].append(statistics.fmean(won or [0]))
+    return curve
 
 
 def knowing_seed(out, shares, seed, sizes):
     """All stages of a seed -> {share: {"latent" | "no_comm" | "cross_task": {game: steps or None}}}."""
     once(out, "language model", functools.partial(knowing_model, out, seed, sizes))
     values = {**sizes, "seed": seed, "sender": "base", "send": "last", "messages": "base"}
-    for split in ("train", *SPLITS):
-        source = "--env examples.alfworld_house:SeenHouse --split {split} --max_samples {games}"
-        if split == "train":
-            source = "--dataset_path {out}/train_direct.jsonl --task_field sender_task"
-        stage(out, f"base, {split}", COLLECT + source, split=split, **values)
+    from_game = "--env examples.alfworld_house:SeenHouse --split {split} --max_samples {games}"
+    stage(
+        out, "base, train",
+        COLLECT + "--dataset_path {out}/train_direct.jsonl --task_field sender_task",
+        split="train", **values)
+    for split in SPLITS:
+        stage(out, f"base, {split}", COLLECT + from_game, split=split, **values)
     write_told(out, "base")
+
     result = {}
     for share in shares:
         folder = f"told_{share:g}"
-        records = [told(record, share) for record in read_json(f"{out}/base_told.json")]
-        write_json(f"{out}/{folder}.json", records)
-        stage(out, f"train {folder}", TRAIN + """--curriculum 0 --adapter_warmup_steps {warm}
-            --max_steps {knowing} --learning_rate 3e-4 --plan_similarity_weight 0.5
-            --random_contrast_weight 0.1""", folder=folder, train_file=f"{folder}.json", **values)
+        train_file = f"{folder}.json"
+        write_json(f"{out}/{train_file}", told(read_json(f"{out}/base_told.json"), share))
+        stage(
+            out, f"train {folder}",
+            TRAIN + """--curriculum 0 --adapter_warmup_steps {warm} --max_steps {knowing} --learning_rate 3e-4
+                --plan_similarity_weight 0.5 --random_contrast_weight 0.1""",
+            folder=folder, train_file=train_file, **values)
         result[share] = play(out, folder, "latent no_comm cross_task", house=HOUSES[share], **values)
     return result
 
 
 # ---- 3. The second place -------------------------------------------------------------------------
 
-def visits(folder, variant, plans):
-    """Where an actor goes whose plan names the wrong place -> counts of games: "first": where the plan says;
-    "kind", "place": the next place is of the kind of the other one, is that one."""
-    counts = {"games": 0, "first": 0, "kind": 0, "place": 0}
-    for path in glob.glob(f"{folder}_valid_*/episodes/{variant}/run0/*.json"):
-        episode = read_json(path)
-        named, other, which = plans.get(f"{episode['split']}/{episode['id']}", (None, None, None))
-        if which == "wrong":
-            actions = " ".join(f"{turn['action']}," for turn in episode["turns"])
-            seen = re.findall(r"(?:go to|examine) ([a-z]+ \d+),", actions)
-            first, second = [*dict.fromkeys(seen), " ", " "][:2]
-            counts["games"] += 1
-            counts["first"] += first == named
-            counts["kind"] += kind_of(second) == kind_of(other)
-            counts["place"] += second == other
-    return counts
-
-
-def probe(out, root):
-    """What a linear map, fitted on the training messages, reads of the place that a plan does not name -> {what
-    it reads: {"kind" | "number": share right of valid games}}: the state that predicts the kind of the named
-    place ("drawer"), the one that predicts its number, or these two words, which are what a text tells."""
-    parts = {"train": [], "valid": []}  # of (vectors, kind and number)
-    for split in ("train", *SPLITS):
+def probe(out, named):
+    """What a linear map, fitted on the training messages, tells of the place that a plan does not name -> {what
+    it reads: [share of valid games in which its kind is right, and its number]}: the two words of the named place
+    ("drawer 4"), which a text has as well, alone or with the state that predicts the first or the second."""
+    states, words, others, n_train = [], [], [], 0
+    for split, places in named.items():  # train is the first
         shards = open_shards(f"{out}/messages_{split}")
-        for key, (_, other, _) in plans_of(out, root, split).items():
-            n = shards.records[key]["plan"].split().index("from") + 1  # a word is a token
-            words = torch.tensor(shards.records[key]["plan_token_ids"][n:n + 2])
-            vectors = [*shards[key][n:n + 2], F.one_hot(words, 1024).flatten()]
-            parts[split.split("_")[0]].append((vectors, other.split()))
+        for key, (place, other, _) in places.items():
+            if place:
+                record = shards.records[key]
+                n = record["plan"].split().index("from") + 1  # a word is a token
+                states.append(shards[key][n:n + 2].float())
+                words.append(torch.tensor(record["plan_token_ids"][n:n + 2]))
+                others.append(other.split())
+        if split == "train":
+            n_train = len(others)
+    if not 0 < n_train < len(others):  # the senders of --fast have hardly learned to plan
+        return {}
+    kind, number = torch.stack(states).unbind(1)  # (N, d)
+    both_words = F.one_hot(torch.stack(words)).flatten(1).float()  # (N, 2 V)
+    vectors = {
+        "words": both_words,
+        "words, state of the kind": torch.cat([both_words, kind], dim=1),
+        "words, state of the number": torch.cat([both_words, number], dim=1),
+    }
     shares = {}
-    for k, name in enumerate(("state of the kind", "state of the number", "their words")):
-        shares[name] = {}
-        for m, what in enumerate(("kind", "number") if all(parts.values()) else ()):
-            x = {part: torch.stack([vectors[k].float() for vectors, _ in pairs]) for part, pairs in parts.items()}
-            labels = {part: [label[m] for _, label in pairs] for part, pairs in parts.items()}
-            shares[name][what] = read_linearly(x["train"], labels["train"], x["valid"], labels["valid"])
+    for name, x in vectors.items():
+        shares[name] = [read_linearly(x, labels, n_train) for labels in zip(*others)]
     return shares
 
 
-def read_linearly(x, labels, valid_x, valid_labels):
-    """Logistic regression of labels on vectors (N, d) -> the share of the valid ones that it tells."""
+def read_linearly(x, labels, n_train):
+    """Logistic regression on the first n_train of x (N, d) and labels -> the share of the others that it tells."""
     classes = sorted(set(labels))
     y = torch.tensor([classes.index(label) for label in labels])
     linear = torch.nn.Linear(x.shape[1], len(classes))
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(500):
-        F.cross_entropy(linear(x), y).backward()
+        F.cross_entropy(linear(x[:n_train]), y[:n_train]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    told_classes = [classes[n] for n in linear(valid_x).argmax(1)]
-    return statistics.fmean(said == label for said, label in zip(told_classes, valid_labels))
+    hits = linear(x[n_train:]).argmax(1) == y[n_train:]
+    return hits.float().mean().item()
 
 
 # ---- 4. The reports ------------------------------------------------------------------------------
 
-def summarize(by_seed, lowest=0.0):
-    """[{game: a value, `lowest` to 1} of each seed] -> the mean over games, whose seeds are averaged first, its
-    interval, the mean of each seed."""
-    games = {}
-    for values in by_seed:
-        for game, value in values.items():
-            games.setdefault(game, []).append(value)
-    means = [statistics.fmean(values) for values in games.values()] or [0.0]  # --fast: no plan names a place
-    return {
-        "mean": statistics.fmean(means),
-        "interval": bootstrap_interval(means, lowest),
-        "games": len(games),
-        "by_seed": [sum(values.values()) / max(1, len(values)) for values in by_seed],
-    }
+def of_part(result, row, part):
+    """The episodes of a row, {game: steps or None}, where the plan named the "right" or "wrong" place, or "all"."""
+    episodes, named = result["episodes"][row], result["named"]
+    return {game: steps for game, steps in episodes.items() if part in ("all", named[game][2])}
 
 
-def wins(first, second=None):
-    """Rows {game: steps or None} -> {game: whether the first won it, less whether the second did}."""
-    return {game: (steps is not None) - bool(second and second[game] is not None) for game, steps in first.items()}
+def over_seeds(rows):
+    """A row's episodes of each seed -> {game: the share of the seeds in which it was won}."""
+    wins = {}
+    for episodes in rows:
+        for game, steps in episodes.items():
+            wins.setdefault(game, []).append(steps is not None)
+    return {game: statistics.fmean(won) for game, won in wins.items()}
+
+
+def apart(rows, others):
+    """The same of one row less another, a list."""
+    less = over_seeds(others)
+    return [won - less[game] for game, won in over_seeds(rows).items()]
+
+
+def with_interval(values, lowest=0.0):
+    """Values of games -> [mean, low, high]."""
+    values = list(values) or [0.0]  # no plan of --fast may name a place
+    return [statistics.fmean(values), *bootstrap_interval(values, lowest)]
+
+
+def in_words(figures):
+    return " ".join(f"{figure:+.3f}" for figure in figures)
+
+
+def report_unsure(out, seeds, sizes):
+    """unsure_games.json and .png, the table. seeds: {seed: what `unsure_seed` gives}."""
+    table, bars, results = {}, {}, list(seeds.values())
+    for part in ("all", "right", "wrong"):
+        print(f"\nplans: {part:21s}success               steps won  latent less this row    the same by seed")
+        latent = [of_part(result, "latent", part) for result in results]
+        for row in results[0]["episodes"]:
+            rows = [of_part(result, row, part) for result in results]
+            by_seed = [apart([one], [other]) or [0] for one, other in zip(latent, rows)]
+            steps = [steps for episodes in rows for steps in episodes.values() if steps]
+            figures = {
+                "success": with_interval(over_seeds(rows).values()),
+                "steps_won": statistics.fmean(steps or [0]),
+                "latent_less_this": with_interval(apart(latent, rows), lowest=-1.0),
+                "by_seed": list(map(statistics.fmean, by_seed)),
+            }
+            table.setdefault(row, {})[part] = figures
+            bars.setdefault(row, {})[part] = figures["success"]
+            success, steps_won, less, by_seed = figures.values()
+            print(f"{row:28s}{in_words(success)} {steps_won:8.1f}   {in_words(less)}   {in_words(by_seed)}")
+
+    content = {"sizes": sizes, "table": table}
+    for name in ("probe", "visits", "curves"):
+        content[name] = {seed: result[name] for seed, result in seeds.items()}
+    for seed, result in seeds.items():
+        print(f"\nseed {seed}: of the other place a linear map reads [kind, number] from")
+        for name, shares in result["probe"].items():
+            print(f"{name:28s}{in_words(shares)}")
+        print("first and second visits where the plan names the wrong place")
+        for row, counts in result["visits"].items():
+            print(f"{row:28s}{counts}")
+    write_json(f"{out}/unsure_games.json", content)
+    plot(bars, seeds, f"{out}/unsure_games.png")
+
+
+def report_knowing(out, seeds, sizes):
+    """actor_knows.json and .png, the table. seeds: {seed: what `knowing_seed` gives}."""
+    from matplotlib.figure import Figure
+    table, axes = {}, Figure(figsize=(7, 4)).subplots()
+    for share in next(iter(seeds.values())):
+        games = {}
+        for variant in ("latent", "no_comm", "cross_task"):
+            games[variant] = over_seeds([result[share][variant] for result in seeds.values()])
+        table[share] = {"success of latent": with_interval(games["latent"].values()), **differences(games)}
+        print(f"\n{share:g} of the actors know the place")
+        for name, figures in table[share].items():
+            print(f"{name:20s}{in_words(figures)}")
+    write_json(f"{out}/actor_knows.json", {"sizes": sizes, "table": table})
+
+    for name in table[share]:
+        values, low, high = zip(*(figures[name] for figures in table.values()))
+        axes.plot(list(table), values, "o-", label=name)
+        axes.fill_between(list(table), low, high, alpha=0.15)
+    axes.set(xlabel="share of games in which the actor knows the place", ylabel="share of games (95 % interval)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(axes.figure, f"{out}/actor_knows.png")
+
+
+# --------------------------------------------------------------------------------------------------
+
+def who_knows(out, shares, seeds, fast, fresh):
+    """`alfworld_small.py --actor_knows` the `shares`, or without them `--unsure`."""
+    name, sizes, results = "actor_knows" if shares else "unsure", SIZES[fast], {}
+    out = f"{out}/{name}"
+    open_output(out, {"example": name, "sizes": sizes}, fresh)
+    for split in () if shares else ("train", *SPLITS):
+        n = sizes["train" if split == "train" else "games"]
+        stage(
+            out, f"demonstrations, {split}",
+            """examples/alfworld_house.py demonstrate --env examples.alfworld_house:UnsureHouse
+                --split {split} --max_samples {n} --output_dir {out}""",
+            split=split, n=n)
+    for seed in seeds:
+        if shares:
+            results[seed] = knowing_seed(f"{out}/seed{seed}", shares, seed, sizes)
+        else:
+            results[seed] = unsure_seed(f"{out}/seed{seed}", out, seed, sizes)
+    report = report_knowing if shares else report_unsure
+    report(out, results, sizes)

@@ -417,7 +417,7 @@ def plot(table, seeds, path):
             bars.barh(n + shift, share, height=0.38, color=color, xerr=error, capsize=2)
         bars.barh(0, 0, color=color, label=f"the plan named the {part} place")
     bars.set_yticks(range(len(table)), list(table))
-    bars.set(xlim=(0, 1), xlabel="success (95 % Wilson interval)")
+    bars.set(xlim=(0, 1), xlabel="success (95 % interval)")
     bars.invert_yaxis()
     bars.legend(loc="lower right", bbox_to_anchor=(1, 1))  # above the bars
 
