@@ -9,7 +9,7 @@ from common import read_json
 from data import Conversations, words_of_states
 from hf import load_lm, load_tokenizer, word_embeddings
 from model import LatentActor, nearness, open_shards, procrustes, word_targets
-from tiny import argv_of, column, make_data, make_tokenizer, same_tensors, save_model, tensors, write_messages
+from tiny import argv_of, column, make_data, make_tokenizer, message_of, same_tensors, save_model, tensors, write_messages
 from train_actor import main
 
 WARM = {"max_steps": 0, "adapter_warmup_steps": 30, "adapter_warmup_learning_rate": 3e-3}
@@ -42,8 +42,7 @@ def how_near(path, world):
     """(nearest word right, cosine) of all messages under the actor at `path`."""
     actor, shards = LatentActor.load(path), open_shards(world["hidden_data"])
     data = Conversations(world["train_file"], actor.tokenizer, shards)
-    vectors = [actor.adapter(data.shards[data.ids[n]][None], torch.ones(1, len(data.shards[data.ids[n]]), dtype=torch.bool))[0]
-               for n in range(len(data))]
+    vectors = [message_of(actor, data.shards[data.ids[n]]) for n in range(len(data))]
     words = [ids for n in range(len(data)) for ids in data.words(n)]
     return nearness(torch.cat(vectors), words, word_embeddings(actor.lm, 2**31))
 
