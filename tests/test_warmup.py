@@ -9,7 +9,8 @@ from common import read_json
 from data import Conversations, words_of_states
 from hf import load_lm, load_tokenizer, word_embeddings
 from model import LatentActor, nearness, open_shards, procrustes, word_targets
-from tiny import argv_of, column, make_data, make_tokenizer, message_of, same_tensors, save_model, tensors, write_messages
+from tiny import (argv_of, column, make_data, make_tokenizer, message_of, same_tensors, save_model, tensors,
+                  write_messages)
 from train_actor import main
 
 WARM = {"max_steps": 0, "adapter_warmup_steps": 30, "adapter_warmup_learning_rate": 3e-3}
