@@ -130,14 +130,12 @@ def test_bad_rows(tmp_path, refuses, change, words):
 def test_bad_files(tmp_path, refuses, monkeypatch):
     pytest.importorskip("datasets")
     out = ["--output_dir", tmp_path / "o"]
-    write_json(str(tmp_path / "x.json"), [{"id": "a", "text": "b"}])
-    write_json(str(tmp_path / "y.json"), {"id": "a"})
-    write_json(str(tmp_path / "z.json"), [{"text": "b"}])
+    for content, *words in (({"id": "a"}, "list of records"), ([{"text": "b"}], "row 0", "id"),
+                            ([{"id": "a", "text": "b"}], "id a", "hidden_state")):
+        write_json(str(tmp_path / "x.json"), content)
+        refuses(main, ["import", tmp_path / "x.json", *out], "x.json", *words)
     (tmp_path / "junk.parquet").write_text("junk")
     (tmp_path / "empty").mkdir()
-    refuses(main, ["import", tmp_path / "x.json", *out], "x.json", "id a", "hidden_state")
-    refuses(main, ["import", tmp_path / "y.json", *out], "y.json", "list of records")
-    refuses(main, ["import", tmp_path / "z.json", *out], "z.json", "row 0", "id")
     for name in ("junk.parquet", "no.parquet", "empty"):
         refuses(main, ["import", tmp_path / name, *out], name, "no Parquet file", "save_to_disk")
     refuses(main, ["export", tmp_path / "empty", "--output_file", tmp_path / "y.parquet"], "no latent shards")

@@ -25,10 +25,9 @@ def covariance(X):
     return X.T @ X / max(len(X) - 1, 1)
 
 
-def correlated(L, d, rank=None, seed=0):
+def correlated(L, d, rank=None):
     """A message (L, d) with a mean of 3 and a covariance of the given rank."""
-    generator = torch.Generator().manual_seed(seed)
-    rank = rank or d
+    generator, rank = torch.Generator().manual_seed(0), d if rank is None else rank
     return torch.randn(L, rank, generator=generator) @ torch.randn(rank, d, generator=generator) + 3
 
 
@@ -36,43 +35,30 @@ def draws(variant, H, n=600):
     return torch.stack([perturb(variant, H, f"id{i}", 0) for i in range(n)])
 
 
-@pytest.mark.parametrize("L, d, rank", [(30, 8, 8), (30, 8, 2), (5, 16, 16), (200, 16, 3), (2, 8, 8), (1, 8, 8)])
+@pytest.mark.parametrize("L, d, rank", [(30, 8, 8), (30, 8, 2), (5, 16, 16), (200, 16, 3), (5, 8, 0), (2, 8, 8),
+                                        (1, 8, 8)])  # of rank 0: equal states
 def test_rotation_keeps_mean_and_covariance_exactly(L, d, rank):
     H = correlated(L, d, rank)
     out = perturb("randomrot", H, "t1", 0)
     torch.testing.assert_close(out.mean(0), H.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covariance(out), covariance(H), rtol=1e-4, atol=1e-4 * H.var().item())
+    X, rotated = H - H.mean(0), out - H.mean(0)
     if min(L - 1, rank) > 1:
-        assert (out - H).norm() > 0.3 * (H - H.mean(0)).norm()  # the structure is gone
-    X = H - H.mean(0)
-    residual = (out - H.mean(0)) - (out - H.mean(0)) @ torch.linalg.pinv(X, rtol=1e-4) @ X
+        assert (rotated - X).norm() > 0.3 * X.norm()  # the structure is gone
+    residual = rotated - rotated @ torch.linalg.pinv(X, rtol=1e-4) @ X
     assert residual.norm() < 1e-3 * max(X.norm(), 1)  # inside the message's own row space
 
 
-def test_rotation_of_equal_states_and_an_unknown_name():
-    H = torch.ones(5, 8) * 2.5
-    torch.testing.assert_close(perturb("randomrot", H, "t1", 0), H)
-    with pytest.raises(UserError, match="pinknoise.*covgauss0"):
-        perturb("pinknoise", H, "t1")
-
-
-@pytest.mark.parametrize("variant", ["covgauss0", "covgauss1"])
 @pytest.mark.parametrize("L, d", [(12, 6), (4, 10)])
-def test_gaussian_has_the_messages_statistics(variant, L, d):
+@pytest.mark.parametrize("variant, power", [("covgauss0", 1.0), ("covgauss1", 1.0), ("covnoise0.5", 0.25),
+                                            ("covnoise1.0", 1.0), ("whitenoise", 1.0)])
+def test_noise_has_its_mean_power_and_shape(variant, power, L, d):
+    """It is added to the message, or, where none of it is left, to zero or to its mean."""
     H = correlated(L, d)
-    states = draws(variant, H).flatten(0, 1).double()
-    mean = H.double().mean(0) * (variant == "covgauss1")
-    std = covariance(H).diagonal().sqrt()
-    assert ((states.mean(0) - mean).abs() / std).max() < 5 / math.sqrt(len(states))
-    assert (covariance(states) - covariance(H)).norm() < 0.1 * covariance(H).norm()
-
-
-@pytest.mark.parametrize("variant, power", [("covnoise0.5", 0.25), ("covnoise1.0", 1.0), ("whitenoise", 1.0)])
-def test_noise_has_its_power_and_shape(variant, power):
-    H = correlated(10, 6)
-    noise = (draws(variant, H) - H).flatten(0, 1).double()
+    added_to = {"covgauss0": torch.zeros(d), "covgauss1": H.mean(0)}.get(variant, H)
+    noise = (draws(variant, H) - added_to).flatten(0, 1).double()
     trace = covariance(H).trace()
-    shape = torch.eye(6).double() * trace / 6 if variant == "whitenoise" else power * covariance(H)
+    shape = torch.eye(d).double() * trace / d if variant == "whitenoise" else power * covariance(H)
     assert noise.pow(2).sum(1).mean().item() == pytest.approx(power * trace.item(), rel=0.05)
     assert (covariance(noise) - shape).norm() < 0.1 * shape.norm()
     assert (noise.mean(0).abs() / shape.diagonal().sqrt()).max() < 5 / math.sqrt(len(noise))
@@ -101,6 +87,8 @@ def flags(*argv):
 def test_names_of_variants():
     assert flags("--variants", "none", "text", "qwen2llama").variants == ["latent", "text", "latent"]
     assert len(VARIANTS) == 13 and flags("--variants", *VARIANTS).variants == list(VARIANTS)
+    with pytest.raises(UserError, match="pinknoise.*covgauss0"):
+        perturb("pinknoise", torch.ones(5, 8), "t1")
     check_args(flags("--sender", "s", "--hidden_data", "m", "--latent_steps", "8", "--keep_ratio", "0", "1"))
 
 
