@@ -478,6 +478,7 @@ from games import GameWorkers
 from test_alfworld_engine import Fragile, hello
 
 def evaluate(end):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
     games = GameWorkers(Fragile, 3)
     games.reset({s: hello(s) for s in range(6)})
     print(*[process.pid for _, process in games.workers], flush=True)
