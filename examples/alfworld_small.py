@@ -23,7 +23,6 @@ as the paper's two agents do, reads the room and the goal only:
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
     4. the report           alfworld.json, a table, alfworld.png
 """
-import csv
 import functools
 import glob
 import lzma
@@ -42,7 +41,7 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import (  # noqa: E402
-    atomic_path, one_line_errors, plot_bars, progress, read_json, remove, write_json, write_text)
+    atomic_path, one_line_errors, plot_bars, progress, read_json, read_rows, remove, write_json, write_text)
 from data import Conversations  # noqa: E402
 from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, once, open_output, stage)
@@ -259,9 +258,8 @@ def one_seed(out, seed, sizes, from_games):
 def wins_of(folder):
     """What an evaluation played -> {row: {game: whether it was won}}."""
     wins = {}
-    with open(f"{folder}/results.csv", newline="") as file:
-        for episode in csv.DictReader(file):
-            wins.setdefault(episode["variant"], {})[episode["id"]] = episode["success"] == "True"
+    for episode in read_rows(f"{folder}/results.csv"):
+        wins.setdefault(episode["variant"], {})[episode["id"]] = episode["success"] == "True"
     return wins
 
 

@@ -1,17 +1,17 @@
 """
 A real pre-trained model on ALFWorld's own games: SmolLM2-135M-Instruct is sender and actor.
 
-  pip install alfworld && alfworld-download                  the games, in ~/.cache/alfworld or $ALFWORLD_DATA
-  python examples/smollm2.py --model HuggingFaceTB/SmolLM2-135M-Instruct --fast   # half an hour: shows that it runs
+  pip install alfworld && alfworld-download     the games, in ~/.cache/alfworld or $ALFWORLD_DATA
+  python examples/smollm2.py --model HuggingFaceTB/SmolLM2-135M-Instruct --fast   # half an hour
   python examples/smollm2.py --model HuggingFaceTB/SmolLM2-135M-Instruct          # five hours on two cores
 
-Type this at the top of the repository, and again after a kill: every stage goes on where it was. --model is a
+Type this at the top of the repository, and again after a kill: every stage goes on. --model is a
 hub id or a folder. On some CPUs bf16 is faster than fp32 (--bf16 true): compare this line with the same for
 torch.ones(2048, 2048).bfloat16():
 
   python -m timeit -s "import torch; a = torch.ones(2048, 2048)" "a @ a"
 
-The sender is taught to plan from a prompt that says where things are. The actor first learns to follow plans in
+The sender is taught to plan from a prompt that says where things are. The actor learns to follow plans in
 words, which a pre-trained model does in minutes; then its adapter alone learns to give the plan's words
 (--adapter_warmup_steps); and only then both read pure latents, for a few steps. A second actor, the fair
 baseline, learns from searches without messages.
@@ -66,7 +66,7 @@ def write_records(out, n_records):
 
 
 def write_cut(out, model, longest=500):
-    """told.json: the demonstrations that do what their message says; with short_search.json cut to 500 tokens."""
+    """told.json: demonstrations that do what their message says; both files are cut to 500 tokens."""
     tokenizer, plans = load_tokenizer(model), open_shards(f"{out}/messages").records
 
     def cut(record):
@@ -81,7 +81,7 @@ def write_cut(out, model, longest=500):
 
     direct = read_json(f"{out}/direct.json")
     told = [record for record in direct if plans[record["id"]]["plan"].strip() == record["plan"]]
-    told = told if len(told) > len(direct) / 2 else direct  # with --fast the sender has hardly learned to plan
+    told = told if len(told) > len(direct) / 2 else direct  # --fast: it has hardly learned to plan
     write_json(f"{out}/told.json", [cut(record) for record in told])
     write_json(f"{out}/short_search.json", [cut(record) for record in read_json(f"{out}/search.json")])
 
@@ -109,7 +109,7 @@ def smollm2(out, model, bf16, seed, sizes):
             --max_samples {games} --output_dir {out}/messages_{split}""", split=split)
     once(out, "training files", lambda: write_cut(out, model))
 
-    # --- the actor reads words, then its adapter learns them, then both read states; and one without messages
+    # --- the actor reads words, then its adapter learns them, then both read states; a baseline
     act = train + """{actor_dir} --task_turn 2 --global_batch_size 12 --per_device_train_batch_size 4
         --train_file {out}/{file} """
     run("text actor", act + """--model_name_or_path {out}/sender --message text --hidden_data {out}/messages
@@ -173,7 +173,7 @@ def report(out, model, rows, differences):
 @one_line_errors("smollm2.py")
 def main(argv=None):
     parser = demo_parser("smollm2.py", __doc__, "smollm2_out", "a few steps and games")
-    parser.flag("--model", ..., "SmolLM2-135M-Instruct: a folder or a hub id; another chat model if you have the time")
+    parser.flag("--model", ..., "SmolLM2-135M-Instruct or another chat model: a folder or a hub id")
     parser.flag("--bf16", "false", "of training and play, on a CPU", choices=["true", "false"])
     parser.flag("--seed", 0, "of all that is drawn")
     args = parser.parse_args(argv)

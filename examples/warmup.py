@@ -11,7 +11,6 @@ it, the adapter alone learns first to give the plan's words (model.py, 4), and t
 that it can read; at a rate that does not undo this. What it does not show: that this helps where a state
 says more than its word (examples/unsure.py has that).
 """
-import csv
 import os
 import sys
 
@@ -19,7 +18,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
-from common import one_line_errors, read_json, save_figure, write_json  # noqa: E402
+from common import one_line_errors, read_json, read_rows, save_figure, write_json  # noqa: E402
 from examples.household import household_tokenizer, sender_samples  # noqa: E402
 from examples.scratch import demo_parser, make_lm, open_output, stage  # noqa: E402
 
@@ -50,8 +49,8 @@ STEPS = {"household": (140, 10), "pieces": (140, 10), "SmolLM2": (20, 4)}
 
 def curve(folder):
     """[[step, held-out loss], ...] of a run."""
-    with open(f"{folder}/loss_log.csv") as file:
-        return [[int(row["step"]), float(row["eval_loss"])] for row in csv.DictReader(file) if row["eval_loss"]]
+    rows = read_rows(f"{folder}/loss_log.csv")
+    return [[int(row["step"]), float(row["eval_loss"])] for row in rows if row["eval_loss"]]
 
 
 def plot(curves, path):
