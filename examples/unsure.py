@@ -25,7 +25,6 @@ messages, --curriculum 0, and a few hundred steps in which nothing seems to happ
     3. the stages          each row of the table is an actor of train_actor.py, played by eval_alfworld.py
     4. the report          unsure.json, a table, unsure.png
 """
-import csv
 import functools
 import itertools
 import os
@@ -38,7 +37,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from collect import inspect  # noqa: E402
-from common import one_line_errors, read_json, save_figure, wilson_interval, write_json  # noqa: E402
+from common import one_line_errors, read_json, read_rows, save_figure, wilson_interval, write_json  # noqa: E402
 from examples.household import (  # noqa: E402
     APPLIANCES, LOCATIONS, OBJECTS, PLACES, TARGETS, TYPES, Household, conversation, expert, goal, held_out, look_into)
 from examples.scratch import (  # noqa: E402
@@ -303,12 +302,11 @@ def play(out, folder, world, seed, sizes, model, messages, variants):
           folder=folder, world=world, model=model, messages=messages, seed=seed, **sizes)
     right = plan_is_right(out, world, seed)
     counts = {}
-    with open(f"{out}/play/{folder}/results.csv") as file:
-        for row in csv.DictReader(file):
-            parts = counts.setdefault(row["variant"], {"all": [0, 0], "right": [0, 0], "wrong": [0, 0]})
-            for part in ("all", "right" if right[row["id"]] else "wrong"):
-                parts[part][0] += row["success"] == "True"
-                parts[part][1] += 1
+    for row in read_rows(f"{out}/play/{folder}/results.csv"):
+        parts = counts.setdefault(row["variant"], {"all": [0, 0], "right": [0, 0], "wrong": [0, 0]})
+        for part in ("all", "right" if right[row["id"]] else "wrong"):
+            parts[part][0] += row["success"] == "True"
+            parts[part][1] += 1
     return counts
 
 
@@ -327,8 +325,7 @@ def learning_curve(out, row, seed, sizes):
     world, messages, flags = ACTORS[row]
     folder, variant = folder_of(row), variant_of(flags)
     curve = {"step": [], "loss": [], "success": []}
-    with open(f"{out}/{folder}/loss_log.csv") as file:
-        evaluations = [record for record in csv.DictReader(file) if record["eval_loss"]]
+    evaluations = [record for record in read_rows(f"{out}/{folder}/loss_log.csv") if record["eval_loss"]]
     for record in evaluations:
         step = int(record["step"])
         checkpoint = f"{folder}/checkpoint-{step}"
