@@ -22,18 +22,21 @@ as the paper's two agents do, reads the room and the goal only:
     2. language models      from scratch: to plan, to act with a plan in words, to search without one
     3. the stages           each through its real script, on all 140 seen and 134 unseen games
     4. the report           alfworld.json, a table, alfworld.png
+
+Its box is seed 0's models as assets/models holds them: what they won is what they win.
 """
 import functools
 import glob
 import lzma
 import os
-import platform
 import random
 import re
+import shutil
 import statistics
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
                           get_cosine_schedule_with_warmup)
@@ -44,7 +47,7 @@ from common import (  # noqa: E402
     atomic_path, one_line_errors, plot_bars, progress, read_json, read_rows, remove, write_json, write_text)
 from data import Conversations  # noqa: E402
 from examples.scratch import (  # noqa: E402
-    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, once, open_output, stage)
+    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, made_by, once, open_output, stage)
 from games import open_split  # noqa: E402
 from model import collate, open_shards  # noqa: E402
 from variants import bootstrap_interval, differences  # noqa: E402
@@ -188,6 +191,19 @@ def language_models(out, seed, sizes):
 
 # ---- 3. The stages -------------------------------------------------------------------------------
 
+def pack(model, box):
+    """Into the box: settings, tokenizer, and the weights in bf16, half the bytes. No checkpoints, no logs."""
+    with atomic_path(box) as temporary:
+        os.mkdir(temporary)
+        for path in glob.glob(f"{model}/*.*"):
+            name = os.path.basename(path)
+            if name.endswith(".safetensors"):
+                tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+                save_file(tensors, f"{temporary}/{name}", metadata={"format": "pt"})
+            elif name.endswith((".json", ".jinja")):
+                shutil.copy(path, temporary)
+
+
 def one_seed(out, seed, sizes, from_games):
     """Every stage -> {split: {row: {game: whether it was won}}}."""
     run = functools.partial(stage, out, seed=seed, **sizes)
@@ -220,26 +236,29 @@ def one_seed(out, seed, sizes, from_games):
         run(f"actor of {sender}", train + read, sender=sender)
     run("actor without messages", train + """--max_steps {search} --learning_rate 1e-3
         --train_file {out}/train_search.jsonl --message none --output_dir {out}/search_actor""")
+    for model, name in (("base", "base"), ("base_actor", "actor"), ("search_actor", "search_actor")):
+        once(out, f"box, {name}", functools.partial(pack, f"{out}/{model}", f"{out}/box/{name}"))
 
     # --- stage 3: the sender learns to say it in 8 latent steps
     run("student", """
-        compress.py --teacher_model_name_or_path {out}/base_actor --student_model_name_or_path {out}/base
+        compress.py --teacher_model_name_or_path {out}/box/actor --student_model_name_or_path {out}/box/base
         --train_file {out}/base_told.json --task_turn 2 --hidden_data {out}/base_train
         --prompt_template '{{task}}' --output_dir {out}/student --K 8 --max_steps {student}
         --global_batch_size 8 --per_device_train_batch_size 8 --learning_rate 2e-3 --adam_beta2 0.98
         --lambda_kl 0.3 --lambda_align 0.2 --eval_ratio 0.03 --eval_steps 200
         --save_steps 100 --logging_steps 20 --seed {seed}""")
+    once(out, "box, student", functools.partial(pack, f"{out}/student", f"{out}/box/student"))
 
-    # --- stage 4: play; rows that need another sender or another actor have a table of their own
+    # --- stage 4: play, with what is in the box; rows that need another sender or another actor have a table of their own
     play = """eval_alfworld.py --env examples.alfworld_house:SeenHouse --split {split} --num_episodes {games}
         --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed} --max_plan_tokens 40
         --sender_batch_size 140 --output_path {out}/play/{table}_{split} """
     tables = {
-        "main": """--model_path {out}/base_actor --sender {out}/base --baseline_path {out}/search_actor
+        "main": """--model_path {out}/box/actor --sender {out}/box/base --baseline_path {out}/box/search_actor
             --variants latent text no_comm no_cot cross_task self randomrot whitenoise
             --messages keep8={out}/keep8_{split} k8_untrained={out}/untrained_{split}""",
         "llama": "--model_path {out}/llama_actor --sender {out}/llama",
-        "k8": "--model_path {out}/base_actor --sender {out}/student",
+        "k8": "--model_path {out}/box/actor --sender {out}/box/student",
     }
     wins = {}
     for split in SPLITS:
@@ -336,11 +355,9 @@ def report(out, wins, sizes, seconds):
     plot_bars(f"{out}/alfworld.png", list(MEANING.values()), [row["success"] for row in rows],
               [row["interval"] for row in rows],
               f"share of {tables['all']['latent']['games']} games won that no model was trained on (95 % interval)")
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
-    write_json(f"{out}/alfworld.json", {
-        "command": " ".join(sys.argv), "machine": machine, "hours": hours, "sizes": sizes, "seconds": seconds,
-        "tables": tables, "differences": compared, "obeyed": obeyed})
+    write_json(f"{out}/alfworld.json", made_by() | {
+        "hours": hours, "sizes": sizes, "seconds": seconds, "tables": tables, "differences": compared, "obeyed": obeyed})
     print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
 
 

@@ -34,7 +34,7 @@ from data import Conversations
 from examples.alfworld_house import followed, second_visits, told, what_is_named, write_lessons
 from examples.alfworld_small import (
     SPLITS, make_lm, make_tokenizer, train_lm, unpack_demonstrations, write_planning, write_told)
-from examples.scratch import PLAN_ANNOUNCEMENT, once, open_output, stage
+from examples.scratch import PLAN_ANNOUNCEMENT, made_by, once, open_output, stage
 from examples.unsure import folder_of, plot
 from model import open_shards
 from variants import bootstrap_interval, differences
@@ -322,7 +322,7 @@ def report_unsure(out, seeds, sizes):
             success, steps_won, less, by_seed = figures.values()
             print(f"{row:28s}{in_words(success)} {steps_won:8.1f}   {in_words(less)}   {in_words(by_seed)}")
 
-    content = {"sizes": sizes, "table": table}
+    content = made_by() | {"sizes": sizes, "table": table}
     for name in ("probe", "visits", "curves"):
         content[name] = {seed: result[name] for seed, result in seeds.items()}
     for seed, result in seeds.items():
@@ -348,7 +348,7 @@ def report_knowing(out, seeds, sizes):
         print(f"\n{share:g} of the actors know the place")
         for name, figures in table[share].items():
             print(f"{name:20s}{in_words(figures)}")
-    write_json(f"{out}/actor_knows.json", {"sizes": sizes, "table": table})
+    write_json(f"{out}/actor_knows.json", made_by() | {"sizes": sizes, "table": table})
 
     for name in table[share]:
         values, low, high = zip(*(figures[name] for figures in table.values()))

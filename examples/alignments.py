@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from common import UserError, fingerprint, one_line_errors, read_json, remove, save_figure, write_json  # noqa: E402
 from examples.alfworld_small import wins_of  # noqa: E402
-from examples.scratch import demo_parser, open_output, stage  # noqa: E402
+from examples.scratch import demo_parser, made_by, open_output, stage  # noqa: E402
 from examples.unsure import likeliest, plan_is_right  # noqa: E402
 from model import open_shards  # noqa: E402
 from variants import bootstrap_interval, differences  # noqa: E402
@@ -190,8 +190,7 @@ def main(argv=None):
     if not tables:
         raise UserError("no reader is there: run python examples/alfworld_small.py first")
     show(tables, f"{out}/alignments.png")
-    content |= {"command": " ".join(sys.argv), "machine": f"{os.cpu_count()} cores, torch {torch.__version__}"}
-    write_json(f"{out}/alignments.json", content)
+    write_json(f"{out}/alignments.json", made_by() | content)
     print("\nwrote alignments.json and alignments.png to", out)
 
 

@@ -36,7 +36,7 @@ import collect  # noqa: E402
 from common import Parser, one_line_errors, write_json  # noqa: E402
 from data import PLAN_ANNOUNCEMENT, optional  # noqa: E402
 from eval_alfworld import Job, play  # noqa: E402
-from examples.scratch import SPECIAL, build_tokenizer  # noqa: E402
+from examples.scratch import SPECIAL, build_tokenizer, made_by  # noqa: E402
 from games import GameWorkers  # noqa: E402
 from hf import DTYPES, decoder_layers, decoder_states  # noqa: E402
 from model import (HiddenStateProcessor, LatentActor, LatentSender, LatentShards, actor_loss,  # noqa: E402
@@ -476,7 +476,7 @@ def bench_gpu(shape, device, repeats):
 
 
 BENCHMARKS = {"collect": bench_collect, "train": bench_train, "compress": bench_compress,
-              "eval": bench_eval, "io": bench_io, "gpu": bench_gpu}
+              "eval": bench_eval, "io": bench_io, "gpu": bench_gpu, "all": None}
 
 
 @one_line_errors("bench.py")
@@ -485,9 +485,10 @@ def main(argv=None):
     shape = args.shape or (None if args.benchmark == "gpu" else "smollm2-135m")
     print(f"{args.benchmark}, {torch.get_num_threads()} threads, {args.device}")
     print_line("ours; the plain way", COLUMNS)
-    rows = BENCHMARKS[args.benchmark](shape, args.device, args.repeats)
+    names = [args.benchmark] if args.benchmark != "all" else ["train", "collect", "compress", "eval", "io"]
+    rows = sum((BENCHMARKS[name](shape, args.device, args.repeats) for name in names), [])
     if args.json:
-        write_json(args.json, {"device": args.device, "shape": shape, "rows": rows})
+        write_json(args.json, made_by() | {"device": args.device, "shape": shape, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ What the examples share: language models made from scratch, the stages of an exp
 """
 import importlib
 import os
+import platform
 import random
 import shlex
+import subprocess
 import sys
 import time
 
@@ -181,14 +183,25 @@ def open_output(out, settings, fresh=False):
 
 # ---- 3. The report -------------------------------------------------------------------------------
 
+def made_by():
+    """What a result says of its origin: the command, the commit of the code, the machine. "commit" is None without
+    git, and ends in -dirty where the code is not that commit's."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = ["git", "describe", "--always", "--exclude", "*", "--dirty"]
+        commit = subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    return {"command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), "commit": commit, "machine": machine}
+
+
 def report(out, results, rate, meaning, n_tasks):
     """summary.json, results.png and the table of results {row: {rate, "interval", ...}}, `meaning` of the rows; and
     the differences of {out}/eval, with the messages that were read there."""
     seconds, compared = read_json(f"{out}/seconds.json"), read_json(f"{out}/eval/summary.json")["differences"]
-    write_json(f"{out}/summary.json", {"command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                                       "machine": f"{os.cpu_count()} cores, torch {torch.__version__}",
-                                       "tasks": n_tasks, "results": results, "differences": compared,
-                                       "seconds": seconds})
+    write_json(f"{out}/summary.json", made_by() | {"tasks": n_tasks, "results": results, "differences": compared,
+                                                   "seconds": seconds})
     labels = [meaning.get(row, row) for row in results]
     rates = [figures[rate] for figures in results.values()]
     intervals = [figures["interval"] for figures in results.values()]

@@ -21,16 +21,14 @@ baseline, learns from searches without messages.
     3. the report    smollm2.json
 """
 import os
-import re
 import sys
 
-import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import one_line_errors, read_json, wilson_interval, write_json  # noqa: E402
 from examples.alfworld_small import SPLITS, unpack_demonstrations  # noqa: E402
-from examples.scratch import demo_parser, once, open_output, stage  # noqa: E402
+from examples.scratch import demo_parser, made_by, once, open_output, stage  # noqa: E402
 from games import open_split  # noqa: E402
 from hf import load_tokenizer  # noqa: E402
 from model import open_shards  # noqa: E402
@@ -163,10 +161,9 @@ def report(out, model, rows, differences):
         print(line)
     logs = {name: read_json(f"{out}/{name}/trainer_state.json")["best_eval_loss"]
             for name in ("text_actor", "warm_actor", "actor")}
-    content = {"command": re.sub(r"\S*/", "", sys.argv[0]), "model": os.path.basename(model.rstrip("/")),
-               "machine": f"{os.cpu_count()} cores, torch {torch.__version__}", "held_out_loss": logs, **results,
-               "differences": differences, "seconds": read_json(f"{out}/seconds.json")}
-    write_json(f"{out}/smollm2.json", content)
+    write_json(f"{out}/smollm2.json", made_by() | {
+        "model": os.path.basename(model.rstrip("/")), "held_out_loss": logs, **results, "differences": differences,
+        "seconds": read_json(f"{out}/seconds.json")})
     print(f"held-out loss: {logs}\nwrote {out}/smollm2.json")
 
 

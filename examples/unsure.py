@@ -41,7 +41,7 @@ from common import one_line_errors, read_json, read_rows, save_figure, wilson_in
 from examples.household import (  # noqa: E402
     APPLIANCES, LOCATIONS, OBJECTS, PLACES, TARGETS, TYPES, Household, conversation, expert, goal, held_out, look_into)
 from examples.scratch import (  # noqa: E402
-    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, spans_of, stage)
+    PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, made_by, make_lm, one_turn, open_output, spans_of, stage)
 from model import open_shards  # noqa: E402
 
 # ---- 1. The world: the household, where the object was seen at two places ------------------------
@@ -459,7 +459,7 @@ def main(argv=None):
 
     # --- what they showed
     table = pool(seeds)
-    write_json(f"{out}/unsure.json", {"sizes": sizes, "table": table, "seeds": seeds})
+    write_json(f"{out}/unsure.json", made_by() | {"sizes": sizes, "table": table, "seeds": seeds})
     plot(table, seeds, f"{out}/unsure.png")
     print_table(table, seeds)
     print(f"\nwrote {out}/unsure.json and {out}/unsure.png")

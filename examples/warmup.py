@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 from common import one_line_errors, read_json, read_rows, save_figure, write_json  # noqa: E402
 from examples.household import household_tokenizer, sender_samples  # noqa: E402
-from examples.scratch import demo_parser, make_lm, open_output, stage  # noqa: E402
+from examples.scratch import demo_parser, made_by, make_lm, open_output, stage  # noqa: E402
 
 COLLECT = """collect.py custom --env examples.household:Household --model_name_or_path {out}/sender
     --prompt_template '{{task}}' --max_new_tokens 120 --batch_size 64 --torch_dtype fp32 --split train
@@ -96,7 +96,7 @@ def main(argv=None):
               every=every, bf16=settings.get("bf16", "auto"))
         curves[name] = curve(f"{out}/{run}")
         print(f"{name}: " + ", ".join(f"{loss:.4f} ({step})" for step, loss in curves[name]))
-    write_json(f"{out}/warmup.json", {"curves": curves, "seconds": read_json(f"{out}/seconds.json")})
+    write_json(f"{out}/warmup.json", made_by() | {"curves": curves, "seconds": read_json(f"{out}/seconds.json")})
     plot(curves, f"{out}/warmup.png")
     print(f"wrote {out}/warmup.json and {out}/warmup.png")
 

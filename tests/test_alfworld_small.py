@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from alfworld_fixture import make_games
-from common import read_json, write_json, write_text
+from common import fingerprint, read_json, write_json, write_text
 from examples import alfworld_small
 from hf import load_lm, load_tokenizer
 from model import open_shards, write_shard
+from tiny import tensors
 
 pytest.importorskip("alfworld")
 pytestmark = pytest.mark.long
@@ -29,6 +30,15 @@ def small(tmp_path_factory):
         patch.setattr(alfworld_small, "SHAPE", TINY)
         alfworld_small.main(["--fast", "--from_games", "--output_dir", f"{folder}/out"])
     return f"{folder}/out"
+
+
+def test_what_plays_is_the_box(small):
+    """All in bf16; the base as it was when messages were collected from it, so that the actor still knows it."""
+    for name in ("base", "actor", "search_actor", "student"):
+        box = f"{small}/seed0/box/{name}"
+        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors(box).values())
+        assert not {"loss_log.csv", "checkpoint-2"} & set(os.listdir(box))
+    assert fingerprint(f"{small}/seed0/box/base") == fingerprint(f"{small}/seed0/base")
 
 
 def test_every_row_of_both_splits(small):
