@@ -28,7 +28,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from common import (STOP_EXIT, Parser, UserError, catch_stop, check_output, fingerprint, json_object, load_object,
-                    lock, one_line_errors, positive, progress, read_json, remove, seed_for, this_rank, write_json)
+                    lock, one_line_errors, positive, progress, read_json, remove, seed_for, task_template,
+                    this_rank, write_json)
 from data import (ANSWER_FIELDS, ID_FIELDS, PLAN_PROMPT, PRESETS, encode_prompt, load_tasks, naming, read_plan,
                   stop_ids)
 from games import open_split, sender_tasks
@@ -41,7 +42,7 @@ from model import (HEADER_LIMIT, SHARD_FORMAT, LatentSender, LatentShards, free_
 def get_args(argv):
     parser = Parser(prog="collect.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (template, turn, task_field, response_field, question) in PRESETS.items():
+    for name, (prompt, turn, task_field, response_field, question) in PRESETS.items():
         p = commands.add_parser(name, help=f"collect messages: prompt and fields of {name}")
         p.group("data")
         p.flag("--dataset_path", None, "records with an id and a task (.json, .jsonl, .parquet), MATH's "
@@ -57,7 +58,7 @@ def get_args(argv):
         p.flag("--answer_field", ANSWER_FIELDS if response_field else "", "the bare answer, boxed in train.json "
                "where the reply has no box; '': none; default: %(default)s")
         p.flag("--plan_field", None, "the plan, where another has written it: the sender only reads it")
-        p.flag("--question_template", question, "the actor's question in train.json")
+        p.flag("--question_template", question, "the actor's question in train.json", type=task_template)
         p.flag("--split", "train", "of a directory, a hub dataset or a game")
         p.flag("--subjects", None, "only these values of the field `type` or `subject`", nargs="+")
         p.flag("--max_samples", None, "only the first N tasks", type=positive)
@@ -65,7 +66,7 @@ def get_args(argv):
         p.group("sender")
         p.flag("--model_name_or_path", ..., "any Hugging Face causal LM, or a student directory")
         p.flag("--prompt_template", None, "what the sender is asked, with {task} in it; default: with "
-               f"--latent_steps what a trained student was asked, else {template!r}")
+               f"--latent_steps what a trained student was asked, else {prompt!r}", type=task_template)
         p.flag("--chat_template", "auto", "auto: the tokenizer's own; none: the bare prompt", choices=["auto", "none"])
         p.flag("--chat_template_kwargs", None, "JSON for the chat template; default: "
                """'{"enable_thinking": false}'""", type=json_object)
@@ -93,8 +94,6 @@ def get_args(argv):
         if args.temperature <= 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
             parser.error("--temperature must be above 0, --top_p above 0 and at most 1, --top_k not below 0; for "
                          "greedy decoding leave --do_sample false")
-        if "{task}" not in args.question_template or "{task}" not in (args.prompt_template or "{task}"):
-            parser.error("--prompt_template and --question_template must contain {task}")
         if bool(args.dataset_path) == bool(args.env):
             parser.error("give either --dataset_path or --env")
         if args.env and (args.subjects or args.plan_field):
@@ -103,7 +102,6 @@ def get_args(argv):
 
 
 # ---- 1. The question -----------------------------------------------------------------------------
-
 def read_bridge(model):
     """What compress.py notes about a student, who is asked as in its training. {} for any other model."""
     path = os.path.join(model, "latent_bridge.json")
@@ -129,7 +127,6 @@ def check_prompts(prompts, steps, context):
 
 
 # ---- 2. The message ------------------------------------------------------------------------------
-
 # What is sent of n states that predict n tokens: (lm, hidden_states, logits) -> (n, d), each row of its own state:
 # in a batch the others are of other plans. hidden_states: a tuple of (n, D), as in hf.layer_states, the last one
 # after the final norm; logits (n, V).
@@ -221,7 +218,6 @@ def think(sender, prompts, steps):
 
 
 # ---- 3. The collection ---------------------------------------------------------------------------
-
 def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, default_template=PLAN_PROMPT,
             chat_template="auto", chat_template_kwargs=None, torch_dtype="bf16", latent_steps=None, c=None, seed=0,
             batch_size=16, shard_size_mb=512, trust_remote_code=False, self_check=True, max_new_tokens=512,
@@ -276,6 +272,11 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         **decoding,
         "format_version": SHARD_FORMAT,
     }
+    for task in tasks:
+        asked = done.records[task["id"]]["task"] if task["id"] in done else task["task"]
+        if asked != task["task"]:
+            raise UserError(f"{output_dir} has a message of id {task['id']} for another text: give a new "
+                            "--output_dir")
     differ = [key for key in sender if len(done) and done.sender.get(key) != sender[key]]
     if differ:
         raise UserError(f"{output_dir} holds messages of another sender or other settings (different: "
@@ -347,7 +348,6 @@ def write_train_file(path, tasks, question_template):
 
 
 # ---- 4. Inspect ----------------------------------------------------------------------------------
-
 def inspect(directory, task_id=None, model=None, top_k=5):
     """Print what a directory of messages holds; with the sender's path, what each state says."""
     shards = open_shards(directory)

@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 # ---- 1. Errors and flags -------------------------------------------------------------------------
-
 STOP_EXIT = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 LOCKS = {}  # {folder: its descriptor}, until main ends
 
@@ -80,6 +79,12 @@ def positive(text, least=1):
     return int(text)
 
 
+def task_template(text):
+    if "{task}" not in text:
+        raise argparse.ArgumentTypeError(f"expected a text with {{task}} in it, found {text}")
+    return text
+
+
 def json_object(text):
     try:
         return dict(json.loads(text))
@@ -114,7 +119,10 @@ def one_line_errors(prog):
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 while LOCKS:
-                    os.close(LOCKS.popitem()[1])
+                    directory, descriptor = LOCKS.popitem()
+                    with contextlib.suppress(OSError):  # only a run that failed at its start leaves it empty
+                        os.rmdir(directory)
+                    os.close(descriptor)
             tqdm.write(f"{prog}: {text}", file=sys.stderr)  # above a bar, not behind it
             raise SystemExit(code)
         return wrapped
@@ -138,7 +146,6 @@ def catch_stop():
 
 
 # ---- 2. Files ------------------------------------------------------------------------------------
-
 @contextlib.contextmanager
 def atomic_path(path):
     """Write a file or directory to a temporary name, fsync, rename: a killed run leaves the old one or the new
@@ -213,7 +220,7 @@ def read_json(path):
 
 def fingerprint(path):
     """16 hex digits of what a file or a folder holds; None for a hub id or no path. Of weights and shards both
-    ends are read, which any training step changes; of folders inside a folder names and sizes."""
+    ends and some 64 places between are read; of folders inside a folder names and sizes."""
     if not path or not os.path.exists(path):
         return None
     digest = hashlib.sha256()
@@ -228,6 +235,9 @@ def fingerprint(path):
         with open(file_path, "rb") as file:
             if name.endswith((".safetensors", ".bin")):
                 digest.update(file.read(2**20))
+                for place in range(2**26, size, max(2**26, size // 64)):  # a merged LoRA may leave both ends alone
+                    file.seek(place)
+                    digest.update(file.read(2**16))
                 file.seek(max(0, size - 2**20))
             while block := file.read(2**20):
                 digest.update(block)
@@ -249,7 +259,8 @@ def check_output(flag, output, inputs):
     for path in filter(None, inputs):
         folder = os.path.realpath(path)
         inside = os.path.isdir(folder) and (output + os.sep).startswith(folder + os.sep)
-        if inside or os.path.isfile(folder) and os.path.dirname(folder) == output:
+        eaten = os.path.isfile(folder) or os.path.basename(folder).startswith("checkpoint-")  # by --resume never
+        if inside or eaten and os.path.dirname(folder) == output:
             raise UserError(f"{flag} {output} is where the input {path} is: give a folder of its own")
 
 
@@ -260,15 +271,15 @@ def lock(directory):
         return
     if not os.access(directory, os.W_OK):
         raise UserError(f"{directory} cannot be written to: give another folder")
-    LOCKS[directory] = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(LOCKS[directory], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another run is writing to {directory}: wait for it, or give another folder") from None
+    LOCKS[directory] = descriptor  # of this run now: who is refused does not remove the other's empty folder
 
 
 # ---- 3. Processes and numbers --------------------------------------------------------------------
-
 def this_rank():
     """(rank, world size, device) of this process: torchrun's, or (0, 1, ...) without it."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -314,7 +325,6 @@ def wilson_interval(successes, n, z=1.96):
 
 
 # ---- 4. A training run ---------------------------------------------------------------------------
-
 NOT_SHOWN = ("step", "epoch", "cosine_distance")  # columns of loss_log.csv that the log line leaves out
 # flags that may change between a run and its continuation: they move memory and files, not results
 NOT_SETTINGS = ["output_dir", "resume", "max_steps", "per_device_train_batch_size", "save_steps", "fsdp",
@@ -394,10 +404,12 @@ class Run:
     def is_over(self, max_steps, patience=0):
         """True where no step is left and all is written, trainer_state.json last. A larger max_steps goes on."""
         state = self.state
-        state["stopped"] = state["step"] >= max_steps or 0 < patience <= state["bad_evals"]
+        stalled = 0 < patience <= state["bad_evals"]
+        state["stopped"] = state["step"] >= max_steps or stalled
         over = state["stopped"] and os.path.exists(os.path.join(self.output_dir, "trainer_state.json"))
         if over and self.rank == 0:
-            print(f"{self.output_dir} is finished ({state['step']} steps); a larger --max_steps continues it")
+            more = "; a larger --max_steps continues it" * (not stalled)
+            print(f"{self.output_dir} is finished ({state['step']} steps){more}")
         return over
 
     def clear(self):
@@ -471,8 +483,10 @@ class Run:
         log, picture = (os.path.join(self.output_dir, name) for name in ("loss_log.csv", "loss_curve.png"))
         if os.path.exists(log):  # --max_steps 0 writes none
             plot_curves(log, picture, curves, ylabel)
-        source = os.path.join(self.output_dir, f"checkpoint-{self.state['best_step'] or self.state['step']}")
-        for name in sorted(os.listdir(source)):
+        best, last = self.state["best_step"], self.state["step"]
+        source = os.path.join(self.output_dir, f"checkpoint-{last if best is None else best}")  # best may be 0
+        remove(os.path.join(self.output_dir, "config.json"))  # without it, half of an old model is no model
+        for name in sorted(os.listdir(source), key="config.json".__eq__):  # so it comes last
             if name not in ("optimizer.pt", "trainer_state.json"):
                 with atomic_path(os.path.join(self.output_dir, name)) as temporary:
                     shutil.copy(os.path.join(source, name), temporary)
@@ -513,7 +527,6 @@ def evaluate(model, summed_loss, data, indices, batch_size, device, rank, world)
 
 
 # ---- 5. Pictures ---------------------------------------------------------------------------------
-
 def save_figure(figure, path):
     """Write a matplotlib figure as PNG, atomically."""
     with atomic_path(path) as temporary:

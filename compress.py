@@ -31,10 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (STOP_EXIT, Parser, Run, UserError, add_training_flags, all_reduce_sum, catch_stop,
                     check_finite, check_output, evaluate, fingerprint, json_object, lock, lr_scale, memory_gb,
-                    one_line_errors, positive, progress, run_settings, this_rank, write_json)
+                    one_line_errors, positive, progress, run_settings, task_template, this_rank, write_json)
 from data import PLAN_PROMPT, encode_conversation, encode_prompt, global_batch, show_sample, train_and_eval
 from hf import context_length, decoder_layers, left_pad, load_config, load_tokenizer
-from model import LatentActor, LatentSender, build_sample, collate, compression_terms, open_shards, read_info
+from model import (LatentActor, LatentSender, build_sample, check_sender, collate, compression_terms, open_shards,
+                   read_info)
 
 INPUTS = ["train_file", "eval_file", "hidden_data", "teacher_model_name_or_path"]  # their contents are settings, too
 
@@ -48,7 +49,7 @@ def get_args(argv):
     flag("--hidden_data", ..., "full messages of the sender that the actor was trained on")
     flag("--K", 128, "latent steps")
     flag("--prompt_template", None, "what the student is asked; {task} is replaced; default: what the sender of "
-         "--hidden_data was")
+         "--hidden_data was", type=task_template)
     flag("--chat_template_kwargs", None, "JSON for the student's chat template; default: that of the sender of "
          "--hidden_data; kept with the student", type=json_object)
     flag("--trust_remote_code", False, "run code that the model ships")
@@ -71,8 +72,6 @@ def check_args(args, world):
         raise UserError(f"--global_batch_size {args.global_batch_size} is no multiple of the {world} ranks")
     if args.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node N")
-    if "{task}" not in (args.prompt_template or "{task}"):
-        raise UserError("--prompt_template must contain {task}")
 
 
 def check_teacher(path, info, widths):
@@ -87,7 +86,6 @@ def check_teacher(path, info, widths):
 
 
 # ---- Data: the actor's samples are those of train_actor.py; the student reads the task in its own words ----
-
 def student_prompts(data, tokenizer, template, steps, max_length, max_actor_length):
     """Ids of the student's prompt for every sample: the text that the data's sender was asked, by the
     student's own tokenizer and chat template. Raises UserError where K latents do not fit."""
@@ -124,7 +122,6 @@ def read_three_ways(data, silent, chosen, latents):
 
 
 # ---- Models --------------------------------------------------------------------------------------
-
 def load_teacher(path, dtype="fp32", device="cpu", trust_remote_code=False, check=True,
                  gradient_checkpointing=False):
     """The actor, frozen and in eval mode (the released code trains with the teacher's dropout on)."""
@@ -154,6 +151,7 @@ def main(argv=None):
     info, teacher_config = read_info(teacher_path), load_config(teacher_path, args.trust_remote_code)
     check_teacher(teacher_path, info, {"--student_model_name_or_path": config.hidden_size,
                                        "--hidden_data": shards.hidden_size})
+    check_sender(shards.sender, teacher_path)
     # the actor reads what it read in its own training: same announcement, same template
     teacher_tokenizer = load_tokenizer(teacher_path, args.trust_remote_code, info.get("chat_template_kwargs"))
     actor_context = min(args.model_max_length, context_length(teacher_config))
@@ -328,7 +326,7 @@ def main(argv=None):
             directory = run.save(learner, write_model, optimizer, args.save_total_limit)
             if preempted and not state["stopped"]:
                 if rank == 0:
-                    bar.write(f"stopped: wrote {directory}; the same command continues from it")
+                    bar.write(f"stopped: wrote {directory}; --resume auto continues from it")
                 raise SystemExit(STOP_EXIT)
     bar.close()
 

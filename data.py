@@ -26,7 +26,6 @@ from hf import first_line
 from model import BOP, EOP, LATENT, build_sample
 
 # ---- 1. Prompts ----------------------------------------------------------------------------------
-
 PLAN_ANNOUNCEMENT = "Another agent has thought about this task. Its plan:"
 PLAN_PROMPT = "Please provide a general plan to solve this task.\nThe task is: {task}"
 MATH_PROMPT = ("Another agent will solve the problem below, you only plan. Give a short plan: the ideas and the steps "
@@ -355,7 +354,6 @@ def plan_ids_for(tokenizer, plan, plan_token_ids):
 
 
 # ---- 2. Tasks ------------------------------------------------------------------------------------
-
 def optional(name):
     """Import a library that only other people's files need. Raises UserError with the pip command."""
     try:
@@ -521,7 +519,6 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
 
 
 # ---- 3. Training samples -------------------------------------------------------------------------
-
 class Conversations:
     """The samples of a file, encoded and checked, in lists by position; latents are read when a batch needs
     them. kind: what their messages are, "latent", "text" or "none". Raises UserError."""

@@ -62,14 +62,13 @@ def get_args(argv):
     flag("--output_path", ..., "a directory; one that exists is continued")
     args = parser.parse_args(argv)
     alike = [name for name in args.variants if name not in (*PERTURBATIONS, "cross_task")]
-    if args.runs > 1 and args.temperature == 0 and alike:
+    if args.runs > 1 and args.temperature <= 0 and alike:
         parser.error(f"--runs {args.runs} at --temperature 0 plays {', '.join(alike)} alike in every run: leave "
                      "--runs 1, or give a --temperature above 0")
     return args
 
 
 # ---- 1. Decoding: many conversations, one growing cache ------------------------------------------
-
 class CachedChat:
     """B conversations over one cache that only grows: a turn reads its new tokens, never the history again.
 
@@ -133,7 +132,6 @@ class CachedChat:
 
 
 # ---- 2. Playing ----------------------------------------------------------------------------------
-
 def new_record(job, task, split, seed):
     """What is kept of an episode, before its first turn."""
     return {
@@ -167,7 +165,9 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
     tasks: [{"id", "task", ...}]; rows: what `table_rows` gives; workers: GameWorkers of the class `game`;
     instruction opens every first turn. Raises UserError where an episode outgrows the actor's context."""
     start, tokenizer = time.perf_counter(), actor.tokenizer
-    parse_action, cut_reply = (getattr(game, name, str.strip) for name in ("parse_action", "cut_reply"))
+    player = game()
+    parse_action = getattr(player, "parse_action", str.strip)
+    cut_reply = getattr(player, "cut_reply", str.strip)
     stops = set(stop_ids(tokenizer, actor.lm))
 
     def is_over(ids):
@@ -250,11 +250,10 @@ def check_context(chat, mask, records, max_new_tokens):
         record = records[lengths.argmax()]
         raise UserError(f"id {record['id']}: after {record['steps']} steps the episode needs {lengths.max()} "
                         f"positions, the actor's context has {limit}: lower --max_steps or --max_new_tokens, or "
-                        "use an actor with a longer context (finished episodes are kept)")
+                        "use an actor with a longer context, with another --output_path")
 
 
 # ---- 3. Results. The unit is the game: its runs are averaged before anything else is. ------------
-
 MEANS = ["success", "steps", "invalid", "tokens", "message_length", "sender_ms", "actor_ms", "env_ms"]
 TABLE = {  # heading: figure and format
     "success": "success .3f",
@@ -308,7 +307,7 @@ def main(argv=None):
 
     # ---- what is to be compared, on which games, and who plays: checked before a model is loaded
     check_args(args)
-    game, all_tasks = open_split(args.env, args.split)  # cross_task draws from all, whatever --num_episodes
+    game, all_tasks = open_split(args.env, args.split)  # cross_task draws from all with a message
     tasks = all_tasks[:args.num_episodes]
     others = named_messages(args.messages)
     messages = {"": open_shards(args.hidden_data)} if args.hidden_data else {}
@@ -320,7 +319,8 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     if args.sender:
-        name = f"asked-rank{rank:05d}.json"
+        split = quote(args.split, safe="")  # another one may give its games the same names
+        name = f"asked-{split}-rank{rank:05d}.json"
         asked = sender_tasks(game, tasks[rank::world], (), os.path.join(args.output_path, name), rank)
         options = {name: getattr(args, name) for name in SENDER_FLAGS}
         messages |= collect_messages(asked, args.model_path, args.output_path, **options)

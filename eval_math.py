@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from common import (Parser, UserError, load_object, lock, one_line_errors, positive, progress, seed_for,
-                    this_rank, wilson_interval, write_json, write_text)
+                    task_template, this_rank, wilson_interval, write_json, write_text)
 from data import (ANSWER_FIELDS, ID_FIELDS, MATH_PROMPT, MATH_QUESTION, RESPONSE_FIELDS, TASK_FIELDS,
                   final_reply, load_tasks, stop_ids)
 from hf import context_length, decode, next_tokens, uniform_numbers
@@ -56,7 +56,7 @@ def get_args(argv):
     flag("--task_field", TASK_FIELDS, "default: problem, else question")
     flag("--answer_field", ANSWER_FIELDS, "of the reference; default: answer, or else the solution's box")
     flag("--response_field", RESPONSE_FIELDS, "of the solution; default: solution, else answer")
-    flag("--question_template", MATH_QUESTION, "what the actor is asked, as in training")
+    flag("--question_template", MATH_QUESTION, "what the actor is asked, as in training", type=task_template)
     parser.group("decoding")
     flag("--samples_per_question", 1, "answers drawn per problem")
     flag("--temperature", 0.0, "0: greedy")
@@ -71,13 +71,10 @@ def get_args(argv):
     if args.temperature < 0 or args.temperature == 0 and args.samples_per_question > 1:
         parser.error(f"--samples_per_question {args.samples_per_question} at --temperature "
                      f"{args.temperature:g}: only above 0 do the answers differ")
-    if "{task}" not in args.question_template:
-        parser.error("--question_template must contain {task}")
     return args
 
 
 # ---- 1. Answers ----------------------------------------------------------------------------------
-
 def read_problems(path, split="test", subjects=None, max_samples=None, **fields):
     """What `load_tasks` gives, with what an evaluation needs -> [{"id", "task", "reference", "level",
     "subject", ...}]. Raises UserError for a problem without an answer."""
@@ -104,7 +101,7 @@ def chooser(jobs, tasks, temperature, seed, max_length):
         if not all(finite):
             job = jobs[active[finite.index(False)]]
             raise UserError(f"id {tasks[job.n]['id']} ({job.label}): the model's logits are not finite: try "
-                            f"--torch_dtype bf16 or fp32")
+                            f"--torch_dtype bf16 or fp32, with another --output_dir")
         if temperature == 0:
             return next_tokens(logits)
         return next_tokens(logits / temperature, uniforms[active, step].to(logits.device))
@@ -150,7 +147,6 @@ def answer_jobs(actor, jobs, tasks, rows, grader, *, question_template=MATH_QUES
 
 
 # ---- 2. Results ----------------------------------------------------------------------------------
-
 def read_parts(directory):
     """{(variant, id, draw): answer} of all ranks of all runs; a line that a kill tore is skipped."""
     answers = {}
@@ -225,7 +221,6 @@ TABLE = {  # heading: figure and format
 
 
 # ---- 3. Graders: correct(answer or None, reference) -> bool --------------------------------------
-
 # MATH's published rules (math_equivalence.py of hendrycks/math): two answers are the same if these steps,
 # in this order, spell them the same. No arithmetic, no order, no 1,000 for 1000. Quirks are theirs:
 # \sqrt 3 is not \sqrt3.

@@ -28,7 +28,6 @@ from concurrent import futures
 from common import UserError, load_object, progress, read_json, seed_for, write_json
 
 # ---- 1. The game ---------------------------------------------------------------------------------
-
 # The facts and the list of actions of the instruction that opens ETO's training conversations, in our words.
 INSTRUCTION = """You are an agent in a household and have one task to carry out there. The room and the \
 task are described below; after each of your turns you are told what you observe.
@@ -178,14 +177,13 @@ def open_split(spec, split):
         raise UserError(f"{spec} has no games in split {split}: tasks({split!r}) raised {error!r}") from error
     if not tasks:
         raise UserError(f"{spec} has no games in split {split}")
-    well_formed = all(isinstance(task.get(key), str) for task in tasks for key in ("id", "task"))
-    if not well_formed or len({task["id"] for task in tasks}) < len(tasks):
+    fields = [task.get(key) if isinstance(task, dict) else None for task in tasks for key in ("id", "task")]
+    if not all(isinstance(text, str) for text in fields) or len({task["id"] for task in tasks}) < len(tasks):
         raise UserError(f"{spec}: tasks({split!r}) must give records with a unique text 'id' and text 'task'")
     return game, tasks
 
 
 # ---- 2. Many games at once -----------------------------------------------------------------------
-
 class Crash(str):
     """Why a game could not go on; stands where its answer would."""
 
@@ -207,6 +205,7 @@ def ask(games, make_game, slot, method, argument):
         answer = getattr(games[slot], method)(argument)
         if method == "step":
             answer[3]["won"]  # what a game must say, checked where its faults are caught
+        (answer[0] if method == "step" else answer).strip()  # and in text
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
         answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line

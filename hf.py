@@ -23,7 +23,6 @@ from transformers.utils import cached_file, logging as hf_logging
 from common import UserError
 
 # ---- 1. Load -------------------------------------------------------------------------------------
-
 hf_logging.disable_progress_bar()  # one bar per shard of weights says nothing that the scripts do not
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # rounding is a tenth of it
@@ -151,7 +150,6 @@ def embedding_rms(lm):
 
 
 # ---- 2. Run: every script runs a model by decoder_states (or layer_states) and lm_logits ---------
-
 def decoder_of(lm):
     """What stands between input embeddings and head: get_decoder(), or in it where that is all (Llama-4's text)."""
     from transformers import PreTrainedModel  # takes as long as torch, and --help needs no model
@@ -226,7 +224,6 @@ def lm_logits(lm, hidden_states):
 
 
 # ---- 3. Check ------------------------------------------------------------------------------------
-
 def check_same(states, expected):
     """Raises ValueError unless both (1, T, D) are the same but for rounding, which in bf16 makes 1 or 2 % of a
     real model's states (shapes of batches differ), where padding that is seen makes 40 to 60 %."""
@@ -307,7 +304,6 @@ def holes_allowed(lm):
 
 
 # ---- 4. Decode -----------------------------------------------------------------------------------
-
 def left_pad(prompts, device="cpu"):
     """Lists of ids -> input_ids, attention_mask (B, T), padding on the left, so that all end together."""
     T = max(map(len, prompts))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, atomic_path, load_object, read_json, write_json
+from common import UserError, atomic_path, fingerprint, load_object, read_json, write_json
 from hf import (DTYPES, decoder_states, embedding_rms, lm_logits, load_lm, load_tokenizer, new_cache,
                 word_embeddings)
 
@@ -99,7 +99,6 @@ class LinearMap(nn.Module):
 
 
 # ---- 2. Insertion: ids and latents of some samples -> one batch ----------------------------------
-
 def build_sample(before, after, labels, plan_ids=(), latents=None, ratio=0.0):
     """One sample: the ids `before` the message, the message, the ids `after` it; labels are those of
     `after` -> {"input_ids", "labels", "latents"}.
@@ -167,7 +166,6 @@ def collate(samples, device="cpu", padding_side="right"):
 
 
 # ---- 3. Losses, per supervised position, in nats -------------------------------------------------
-
 def supervised(hidden_states, labels):
     """The states that predict a label: token t is predicted from position t - 1, in CE and in the
     auxiliary losses.
@@ -248,7 +246,6 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
 
 
 # ---- 4. Actor: LM + adapter ----------------------------------------------------------------------
-
 class LatentActor(nn.Module):
     """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message
     baselines.
@@ -334,6 +331,23 @@ def read_info(directory):
     return info
 
 
+def check_sender(messages, actor_path):
+    """Raises UserError where an actor has not learned to read such messages. messages: some of their settings,
+    as in `LatentShards.sender`."""
+    learned = read_info(actor_path).get("sender")
+    if not learned:
+        return
+    if messages.get("teacher") and messages["teacher"] == fingerprint(actor_path):
+        return  # a student that was trained over this very actor is its own
+    who = "fingerprint" if learned.get("fingerprint") else "model"  # a hub id has a name only
+    names = [who, "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps", "send"]
+    differ = [name for name in names if name in messages and messages[name] != learned.get(name)]
+    if differ:
+        raise UserError(f"{actor_path} learned to read {learned['model']}, these are messages of "
+                        f"{messages['model']} (other {', '.join(differ)}): give the sender that it learned, "
+                        f"or, to evaluate them on purpose, collect them and give --messages NAME=DIR")
+
+
 def load_part(module, path):
     """Load a file of `save`: all parameters of a module but its lm's. Raises UserError if they do not fit."""
     try:
@@ -370,7 +384,6 @@ def init_markers(lm, new_ids):
 
 
 # ---- What an adapter can learn from messages alone, without the LM (ours, not the paper's)
-
 def word_targets(table, words):
     """What states should become: the mean embedding of the words that each stands for. table: embeddings
     (V, D); words: for N states their ids, [[7], [8, 9], ...] -> (N, D)."""
@@ -402,7 +415,6 @@ def procrustes(states, targets):
 
 
 # ---- 5. Latent sender (paper, section on compression) --------------------------------------------
-
 class LatentSender(nn.Module):
     """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned
     start vector, each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and
@@ -514,7 +526,6 @@ def compression_terms(actor, batch, data_batch, silent_batch, temperature):
 
 
 # ---- 6. Messages on disk -------------------------------------------------------------------------
-
 def make_record(task, plan="", plan_token_ids=(), ms=0.0, token_ends=()):
     """What a shard keeps of a message beside its states. token_ends: where in the plan's text each of its
     tokens ends."""

@@ -87,7 +87,6 @@ def check_args(args, world):
 
 
 # ---- Data ----------------------------------------------------------------------------------------
-
 def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_other, seed, device):
     """drawn [(draw, n)] -> the batches of the three passes; None for a pass that is not needed.
 
@@ -105,7 +104,6 @@ def make_batches(data, drawn, negatives, *, kind, curriculum, with_plan, with_ot
 
 
 # ---- Weights, and the probe ----------------------------------------------------------------------
-
 def loss_weights(align, sep, adaptive=False, last_terms=None):
     """The weight of each term in the total loss; a term without one is only logged. A term of your own is
     one more line here.
@@ -201,13 +199,15 @@ def main(argv=None):
                 "sender": shards.sender if shards else None,
                 "format_version": ADAPTER_FORMAT}
         if latent:
-            rms = embedding_rms(lm)
+            rms, output_scale = embedding_rms(lm), args.adapter_output_scale
+            if output_scale is None:
+                output_scale = rms / args.adapter_scale
             arguments = {"sender_dim": data.sender_dim,
                          "dim": config.hidden_size,
                          "num_heads": args.num_heads,
                          "dropout": args.adapter_dropout,
                          "scale": args.adapter_scale,
-                         "output_scale": args.adapter_output_scale or rms / args.adapter_scale}
+                         "output_scale": output_scale}
             info["adapter"] = {"class": CLOSED_FORM.get(args.adapter, args.adapter), "arguments": arguments}
             adapter = make_adapter(info["adapter"])
             if rank == 0:
@@ -284,7 +284,9 @@ def main(argv=None):
     groups = [{"params": matrices, "peak": args.learning_rate, "weight_decay": args.weight_decay},
               {"params": vectors, "peak": args.learning_rate, "weight_decay": 0.0}]
     if latent:
-        adapter_lr = args.adapter_learning_rate or args.learning_rate
+        adapter_lr = args.adapter_learning_rate
+        if adapter_lr is None:
+            adapter_lr = args.learning_rate
         parameters = [p for p in actor.adapter.parameters() if p.requires_grad]
         groups.append({"params": parameters, "peak": adapter_lr, "weight_decay": 0.0})
     # fused: one kernel, without temporaries as large as the parameters
@@ -397,7 +399,7 @@ def main(argv=None):
             directory = run.save(learner, write_model, optimizer, args.save_total_limit)
             if preempted and not state["stopped"]:
                 if rank == 0:
-                    bar.write(f"stopped: wrote {directory}; the same command continues from it")
+                    bar.write(f"stopped: wrote {directory}; --resume auto continues from it")
                 raise SystemExit(STOP_EXIT)
     bar.close()
 

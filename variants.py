@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from collect import collect, read_bridge
 from common import (UserError, changed_settings, check_output, fingerprint, json_object, plot_bars, positive,
-                    read_json, seed_for, wilson_interval, write_json)
+                    read_json, seed_for, task_template, wilson_interval, write_json)
 from data import PLAN_ANNOUNCEMENT, encode_prompt, plan_ids_for
 from hf import DTYPES, load_config
-from model import BOP, build_sample, open_shards, read_info
+from model import BOP, build_sample, check_sender, open_shards, read_info
 
 PERTURBATIONS = ("covgauss0", "covgauss1", "randomrot", "covnoise0.5", "covnoise1.0", "whitenoise")
 LATENT_VARIANTS = ("latent", "cross_task", *PERTURBATIONS)  # the actor reads states
@@ -46,7 +46,6 @@ OTHER_NAMES = {"none": "latent", "qwen2llama": "latent"}  # the released code's,
 
 
 # ---- 1. Perturbations ----------------------------------------------------------------------------
-
 def perturb(variant, latents, *seed):
     """Destroy a message's structure but keep chosen statistics (paper, ablations): H, (L, d) of any float dtype ->
     (L, d) in fp32. Its name and `seed` make the random numbers. Raises UserError for an unknown name.
@@ -93,7 +92,6 @@ def rotate(X, generator):
 
 
 # ---- 2. Rows -------------------------------------------------------------------------------------
-
 def add_flags(parser):
     """The flags that both evaluations have: who reads which messages."""
     flag = parser.flag
@@ -110,7 +108,7 @@ def add_flags(parser):
     flag("--hidden_data", None, "--output_dir of collect.py for these tasks")
     flag("--sender", None, "who is asked now: stage 1 runs first, on these tasks")
     flag("--latent_steps", [], "with --sender: a row per K; default: its plan", type=positive, nargs="*")
-    flag("--prompt_template", None, "with --sender: what it is asked; default: as the actor's own was")
+    flag("--prompt_template", None, "with --sender: what it is asked; default: as the actor's was", type=task_template)
     flag("--max_plan_tokens", 512, "with --sender: longest plan")
     flag("--sender_batch_size", 16, "with --sender: prompts at a time")
     flag("--messages", [], "NAME=DIR: a row each of others' messages, same actor; default: none", nargs="*")
@@ -135,7 +133,8 @@ def named_messages(pairs):
     messages = {}
     for pair in pairs:
         name, equals, directory = pair.partition("=")
-        if not equals or not name or name in (*VARIANTS, *messages):
+        known = (*VARIANTS, *messages)
+        if not equals or not name or os.sep in name or name in known:
             raise UserError(f"--messages takes NAME=DIR, each NAME once and none a variant's, found {pair}")
         messages[name] = open_shards(directory)
     return messages
@@ -177,6 +176,8 @@ def table_rows(variants, actors, tasks, messages, others=None, keep_ratio=(1.0,)
             label = variant + suffix + ("" if keep == 1 else f"_keep{keep:g}")
             rows[label] = dict(variant=variant, actor=actors[variant], shards=shards, keep=keep)
     for label, shards in others.items():
+        if label in rows:
+            raise UserError(f"--messages {label}=...: a row of this table has that name: give another")
         rows[label] = dict(variant="latent", actor=actors["latent"], shards=shards, keep=1.0)
     if not rows:
         raise UserError("--variants self is the same as latent here: give others")
@@ -212,20 +213,6 @@ def check_messages(tasks, *, variant, actor, shards, keep=1.0):
                         f"send: latent steps write none, give --hidden_data with plans")
 
 
-def check_sender(messages, actor_path):
-    """Raises UserError where an actor has not learned to read such messages. messages: some of their settings,
-    as in `LatentShards.sender`."""
-    learned = read_info(actor_path).get("sender")
-    if not learned or messages.get("teacher") and messages["teacher"] == fingerprint(actor_path):
-        return  # a student that was trained over this very actor is its own
-    names = ["fingerprint", "prompt_template", "chat_template", "chat_template_kwargs", "latent_steps", "send"]
-    differ = [name for name in names if name in messages and messages[name] != learned.get(name)]
-    if differ:
-        raise UserError(f"{actor_path} learned to read {learned['model']}, these are messages of "
-                        f"{messages['model']} (other {', '.join(differ)}): to read them on purpose collect "
-                        f"them and give --messages NAME=DIR")
-
-
 def check_settings(output, flags, but=()):
     """What settings.json keeps: {flag: value} and "contents", the fingerprints of what is at the flags' paths. `but`:
     no settings, as NOT_SETTINGS. Raises UserError where --`output` is in an input or has results of others."""
@@ -249,7 +236,6 @@ def check_settings(output, flags, but=()):
 
 
 # ---- 3. Messages ---------------------------------------------------------------------------------
-
 # flags that `collect_messages` takes
 SENDER_FLAGS = ("sender", "latent_steps", "prompt_template", "max_plan_tokens", "sender_batch_size", "seed",
                 "torch_dtype", "chat_template_kwargs", "trust_remote_code", "self_check")
@@ -288,10 +274,7 @@ def other_message(task, tasks, shards, seed):
     drawn among the ten nearest in number of states. Raises UserError if there is none."""
     task_id, lengths, ranked = task["id"], shards.lengths, []
     asked = shards.records[task_id]["task"]
-    for other in tasks:
-        name = other["id"]
-        if other["task"] == task["task"] or name not in shards:
-            continue
+    for name in (other["id"] for other in tasks if other["task"] != task["task"] and other["id"] in shards):
         if shards.records[name]["task"] != asked:
             apart = abs(lengths[name] - lengths[task_id])
             chance = seed_for(seed, task_id, name)  # orders those that are equally near
@@ -331,7 +314,6 @@ def message_sample(actor, turns, n, tasks, seed, /, *, variant, shards=None, kee
 
 
 # ---- 4. Results ----------------------------------------------------------------------------------
-
 def split_by(records, key):
     """{value of the key: its records}, in their order."""
     parts = {}

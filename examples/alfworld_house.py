@@ -33,7 +33,6 @@ from common import (  # noqa: E402
 from games import AlfworldGame, Crash, in_workers, open_split  # noqa: E402
 
 # ---- 1. What the house holds ---------------------------------------------------------------------
-
 TOOLS = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
 TREATMENTS = {"isClean": "clean", "isHot": "heat", "isCool": "cool"}  # in a goal -> what brings it about
 
@@ -150,7 +149,6 @@ def place_in_words(things):
 
 
 # ---- 2. The games --------------------------------------------------------------------------------
-
 class SeenHouse(AlfworldGame):
     """ALFWorld, whose sender knows where the goal's things are at the start."""
     demonstrations = ("search", "direct")  # the files' names, in the order in which they are written
@@ -270,7 +268,6 @@ def told(records, share):
 
 
 # ---- 3. Demonstrations ---------------------------------------------------------------------------
-
 # Opens the demonstrations, whose agents do not write down what they think.
 ACTION_INSTRUCTION = """You are in a household and have one task to carry out. After each of your turns you \
 are told what you observe. Answer with one line:

@@ -67,7 +67,6 @@ SIZES = {  # by --fast: steps and counts
 }
 
 # ---- 1. The demonstrations: direct.jsonl and search.jsonl of one who knows the place and of one who does not ----
-
 def unpack_demonstrations(out):
     """Those of assets/; with --from_games they are made anew, and of all training games."""
     assets = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
@@ -103,7 +102,6 @@ def write_told(out, sender):
 
 
 # ---- 2. Language models --------------------------------------------------------------------------
-
 def make_tokenizer(out):
     """One token for each word of the training games; commas and full stops are words."""
     texts = [PLAN_ANNOUNCEMENT]
@@ -190,7 +188,6 @@ def language_models(out, seed, sizes):
 
 
 # ---- 3. The stages -------------------------------------------------------------------------------
-
 def pack(model, box):
     """Into the box: settings, tokenizer, and the weights in bf16, half the bytes. No checkpoints, no logs."""
     with atomic_path(box) as temporary:
@@ -249,7 +246,7 @@ def one_seed(out, seed, sizes, from_games):
         --save_steps 100 --logging_steps 20 --seed {seed}""")
     once(out, "box, student", functools.partial(pack, f"{out}/student", f"{out}/box/student"))
 
-    # --- stage 4: play, with what is in the box; rows that need another sender or another actor have a table of their own
+    # --- stage 4: what is in the box plays; rows that need another sender or actor have a table of their own
     play = """eval_alfworld.py --env examples.alfworld_house:SeenHouse --split {split} --num_episodes {games}
         --max_new_tokens 20 --batch_size 140 --torch_dtype fp32 --seed {seed} --max_plan_tokens 40
         --sender_batch_size 140 --output_path {out}/play/{table}_{split} """
@@ -294,7 +291,6 @@ def obedience(folder):
 
 
 # ---- 4. The report -------------------------------------------------------------------------------
-
 MEANING = {
     "latent": "the sender's states",
     "text": "its plan as text, same actor",
@@ -357,7 +353,8 @@ def report(out, wins, sizes, seconds):
               f"share of {tables['all']['latent']['games']} games won that no model was trained on (95 % interval)")
     hours = {seed: round(sum(stages.values()) / 3600, 2) for seed, stages in seconds.items()}
     write_json(f"{out}/alfworld.json", made_by() | {
-        "hours": hours, "sizes": sizes, "seconds": seconds, "tables": tables, "differences": compared, "obeyed": obeyed})
+        "hours": hours, "sizes": sizes, "seconds": seconds, "tables": tables, "differences": compared,
+        "obeyed": obeyed})
     print(f"\nhours by seed: {hours}\nwrote {out}/alfworld.json and {out}/alfworld.png")
 
 

@@ -63,7 +63,6 @@ CURVES = ["latent", "latent, adapter warmed up"]  # rows that are played at ever
 HOUSES = {0.0: "SeenHouse", 0.5: "HalfToldHouse", 1.0: "ToldHouse"}  # by the share of games that tell the actor
 
 # ---- 1. The models -------------------------------------------------------------------------------
-
 def train_base(out, tokenizer, seed, steps, more=()):
     """The sender and start of the actors, as in alfworld_small.py; more: groups of samples."""
     direct = Conversations(
@@ -101,7 +100,6 @@ def knowing_model(out, seed, sizes):
 
 
 # ---- 2. The actors -------------------------------------------------------------------------------
-
 COLLECT = """collect.py custom --model_name_or_path {out}/{sender} --prompt_template '{{task}}' --send {send}
     --max_new_tokens 40 --batch_size 140 --torch_dtype fp32 --output_dir {out}/{messages}_{split} """
 TRAIN = """train_actor.py --model_name_or_path {out}/base --task_turn 2 --plan_announcement 'plan :'
@@ -222,7 +220,6 @@ def knowing_seed(out, shares, seed, sizes):
 
 
 # ---- 3. The second place -------------------------------------------------------------------------
-
 def probe(out, named):
     """What a linear map, fitted on the training messages, tells of the place that a plan does not name -> {what
     it reads: [share of valid games in which its kind is right, and its number]}: the two words of the named place
@@ -269,7 +266,6 @@ def read_linearly(x, labels, n_train):
 
 
 # ---- 4. The reports ------------------------------------------------------------------------------
-
 def of_part(result, row, part):
     """The episodes of a row, {game: steps or None}, where the plan named the "right" or "wrong" place, or "all"."""
     episodes, named = result["episodes"][row], result["named"]

@@ -42,7 +42,6 @@ SIZES = {  # by --fast: demonstrations to fit on, steps of the warm-up, games of
 }
 
 # ---- What is sent --------------------------------------------------------------------------------
-
 def noise(lm, hidden_states, logits):
     """Random vectors (n, D) as long as `likeliest` ones, for a word always the same, whatever the batch: all
     that `likeliest` tells, in a code that nobody has learned."""
@@ -65,7 +64,6 @@ ROWS = {  # row: (what the reader gets, --send, the adapter as train_actor.py's 
 }
 
 # ---- The readers: what the other examples left, flags for fitting and for play ---------------------
-
 SMALL = {
     "sender": "{small}/base", "messages": "{small}/base_train", "told": "{small}/base_told.json",
     "env": "examples.alfworld_house:SeenHouse", "splits": "valid_seen valid_unseen",
@@ -86,7 +84,6 @@ READERS = {
 }
 
 # ---- The stages ----------------------------------------------------------------------------------
-
 def play_rows(out, reader, sizes):
     """Every row of a reader, whose LM stays as it is -> {variant_row: {(split, game): whether it was won}}."""
     shards, records = open_shards(reader["messages"]), read_json(reader["told"])[:sizes["fit"]]
@@ -124,7 +121,6 @@ def play_rows(out, reader, sizes):
 
 
 # ---- The report ----------------------------------------------------------------------------------
-
 def make_table(wins):
     """What `play_rows` gives -> {row: its figures}."""
     table, compared = {}, differences(wins)
@@ -174,8 +170,8 @@ def main(argv=None):
         remove(out)
     for name, texts in READERS.items():
         reader = {key: text.format(**vars(args), **sizes) for key, text in texts.items()}
-        if not os.path.exists(f"{reader['lm']}/config.json"):
-            print(name, "is left out: no model in", reader["lm"])
+        if not all(map(os.path.exists, (f"{reader['lm']}/config.json", reader["told"]))):
+            print(name, "is left out: not both of", reader["lm"], "and", reader["told"])
             continue
         open_output(f"{out}/{name}", reader | sizes | {"model": fingerprint(reader["lm"])})
         wins = play_rows(f"{out}/{name}", reader, sizes)

@@ -40,7 +40,6 @@ from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, report, stage)
 
 # ---- 1. The world --------------------------------------------------------------------------------
-
 OPERATIONS = {  # with the numbers that a step may have
     "plus": range(1, 10),
     "minus": range(1, 10),
@@ -149,7 +148,6 @@ def records(split, n):
 
 
 # ---- 2. The language model -----------------------------------------------------------------------
-
 def actor_sample(problem):
     """The actor answers with the plan in words, which is supervised too: half as many steps are enough."""
     return [
@@ -173,7 +171,6 @@ def samples(rng, size=8):
 
 
 # ---- 3. The stages -------------------------------------------------------------------------------
-
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1400, "train": 3000, "test": 300, "actor": 200, "baseline": 200},
     True: {"base": 850, "train": 800, "test": 100, "actor": 60, "baseline": 40},

@@ -64,7 +64,6 @@ def get_args(argv):
 
 
 # ---- measuring
-
 COLUMNS = ("ours_s", "plain_s", "ratio", "ours_gb", "plain_gb")
 
 
@@ -166,7 +165,6 @@ def random_ids(shape, *size):
 
 
 # ---- collect: decode_plans against generate(output_hidden_states=True), one prompt at a time
-
 def collect_ours(shape, device, dtype="fp32", batch=32, prompt=32, length=64):
     lm, prompts = make_lm(shape, device, dtype), random_ids(shape, batch, prompt)
 
@@ -221,7 +219,6 @@ def bench_collect(shape, device, repeats, batch=32, **sizes):
 
 
 # ---- train: LatentActor.forward, backward and AdamW
-
 def train_batches(shape, device, batch=2, tokens=420, n_labels=140, length=96):
     """The batches of a step's three passes: a message of `length` states after 100 tokens."""
     torch.manual_seed(0)
@@ -318,7 +315,6 @@ def bench_train(shape, device, repeats):
 
 
 # ---- compress: LatentSender over a cache against reading prompt and latents again in each step
-
 def think_again(sender, ids, mask, steps):
     start = sender.start.expand(len(ids), 1, -1)
     embeds = torch.cat([sender.lm.get_input_embeddings()(ids), start], dim=1)  # (B, T + 1, D)
@@ -356,7 +352,6 @@ def bench_compress(shape, device, repeats):
 
 
 # ---- eval: play, batched and cached, against one episode at a time whose history is read again at each turn
-
 TURNS, REPLY = 5, 24  # of an episode, tokens of a reply
 OBSERVATION = "you see a cup 1 , a shelf 2 and a lamp 3 . " * 5
 TASK = "look around , " * 65
@@ -406,7 +401,6 @@ def bench_eval(shape, device, repeats):
 
 
 # ---- io: latent shards against Parquet of nested lists
-
 RECORD = make_record({"task": "put a clean cup on the shelf"}, "find a cup, clean it. " * 4, range(1000, 1032))
 
 
@@ -450,7 +444,6 @@ def bench_io(shape, device, repeats):
 
 
 # ---- gpu: everything that waits for a card
-
 def bench_gpu(shape, device, repeats):
     rows, dry = [], device == "cpu"
     small, large = (shape, shape) if shape else ("qwen2.5-0.5b", "qwen2.5-7b")

@@ -28,7 +28,6 @@ from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, make_lm, one_turn, open_output, report, spans_of, stage)
 
 # ---- 1. The world --------------------------------------------------------------------------------
-
 OBJECTS = "apple bowl bread cup egg mug pan plate potato tomato".split()
 FURNITURE = {"shelf": 2, "cabinet": 8, "drawer": 8}  # how many; shelves are open, the others have doors
 PLACES = [f"{name} {i + 1}" for name, count in FURNITURE.items() for i in range(count)]
@@ -191,7 +190,6 @@ def conversation(world, task, actions):
 
 
 # ---- 2. The language models ----------------------------------------------------------------------
-
 def household_tokenizer(letters=None):
     """Every word that the household can say, or every piece of so many letters."""
     # the training tasks hold them all: what is held out are combinations
@@ -227,7 +225,6 @@ def actor_samples(rng, size=8):
 
 
 # ---- 3. The stages -------------------------------------------------------------------------------
-
 SIZES = {  # by --fast; steps and counts, measured so that the whole takes minutes on 2 cores
     False: {"base": 550, "sender": 250, "train": 1500, "test": 300, "actor": 40, "student": 1300},
     True: {"base": 300, "sender": 200, "train": 800, "test": 60, "actor": 30, "student": 120},

@@ -57,7 +57,6 @@ class Safe:
 
 
 # ---- Two tiny language models, made from scratch -------------------------------------------------
-
 def sender_samples(rng):
     """A step of the sender: it passes the code on."""
     tasks = rng.choices(Safe().tasks("train"), k=16)

@@ -24,7 +24,6 @@ from common import Parser, UserError, atomic_path, plot_bars, progress, read_jso
 from model import build_sample, collate  # noqa: E402
 
 # ---- 1. Language models. A sample of theirs is a list of (text, whether it is supervised) --------
-
 PLAN_ANNOUNCEMENT = "plan :"
 # the markers are words from the start, so that a model learns them with plans as text
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<user>", "<assistant>", "<bop>", "<eop>"]
@@ -125,7 +124,6 @@ def train_lm(tokenizer, role, draw, seed, steps, layers=3, feed_forward=192, lea
 
 
 # ---- 2. The stages -------------------------------------------------------------------------------
-
 def once(out, name, work):
     """work(), unless an earlier run has done it: {out}/seconds.json knows, and how long it took."""
     path = f"{out}/seconds.json"
@@ -182,7 +180,6 @@ def open_output(out, settings, fresh=False):
 
 
 # ---- 3. The report -------------------------------------------------------------------------------
-
 def made_by():
     """What a result says of its origin: the command, the commit of the code, the machine. "commit" is None without
     git, and ends in -dirty where the code is not that commit's."""

@@ -85,7 +85,6 @@ def write_cut(out, model, longest=500):
 
 
 # ---- 2. The stages -------------------------------------------------------------------------------
-
 def smollm2(out, model, bf16, seed, sizes):
     """Every stage -> {split: {row: the evaluator's figures}}, {split: differences}."""
     dtype = "bf16" if bf16 == "true" else "fp32"
@@ -146,7 +145,6 @@ def smollm2(out, model, bf16, seed, sizes):
 
 
 # ---- 3. The report -------------------------------------------------------------------------------
-
 def report(out, model, rows, differences):
     """smollm2.json and the table."""
     results = {split: {row: [round(figures[row]["success"] * figures[row]["games"]), figures[row]["games"]]

@@ -45,7 +45,6 @@ from examples.scratch import (  # noqa: E402
 from model import open_shards  # noqa: E402
 
 # ---- 1. The world: the household, where the object was seen at two places ------------------------
-
 EPISODES = {"train": 4000, "test": 300}
 NOUNS = "|".join(sorted({location.split()[0] for location in LOCATIONS}))  # cabinet|coffeetable|...
 GOALS = {"train": [], "test": []}  # (type, object, target), shared out as in household.py
@@ -176,7 +175,6 @@ def episode(world, task, actions):
 
 
 # ---- 2. The language model: the sender, and where every actor starts -----------------------------
-
 def samples(world, rng):
     """draw(rng) for `train_lm`: a step teaches the sender or the actor, whose samples are five times as long.
 
@@ -208,7 +206,6 @@ def vocabulary(world):
 
 
 # ---- 3. The stages -------------------------------------------------------------------------------
-
 SIZES = {  # by --fast: steps and counts
     False: {"base": 1000, "train": 4000, "test": 300, "actor": 800, "every": 100},
     True: {"base": 40, "train": 64, "test": 8, "actor": 4, "every": 2},
@@ -368,7 +365,6 @@ def one_seed(out, rows, seed, sizes):
 
 
 # ---- 4. The report -------------------------------------------------------------------------------
-
 def pool(seeds):
     """The counts of all seeds together -> {row: {part: (share, low, high)}}."""
     counts = {}

@@ -10,7 +10,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from forked import Forked  # noqa: E402
-from household_fixture import household  # noqa: E402, F401
 
 torch.set_num_threads(1)
 

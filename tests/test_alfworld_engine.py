@@ -226,7 +226,6 @@ def test_user_errors_are_one_line_with_the_remedy(copied, tmp_path, monkeypatch)
 
 
 # ---- what a sender is asked, and demonstrations
-
 def test_one_who_has_seen_the_house_knows_where_the_things_are(tasks):
     """The texts of GAMES say where everything lies. Who has not seen it is asked room and task, as the actor is."""
     for task, plain, asked in zip(tasks, sender_tasks(AlfworldGame, tasks), sender_tasks(SeenHouse, tasks)):

@@ -106,7 +106,6 @@ def reference(senders, tasks, tmp_path_factory):
 
 
 # ---- the states
-
 @pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("decoding", [[], SAMPLE], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("chat_template", ["auto", "none"])
@@ -214,7 +213,6 @@ def test_latent_steps_of_an_untrained_model(senders, tasks, tmp_path, batch_size
 
 
 # ---- what is there already
-
 def test_a_directory_is_continued(senders, tasks, reference, tmp_path, monkeypatch):
     """On any number of ranks. What is there stays as it is; when nothing is missing, nothing is written."""
     out, more = tmp_path / "o", [*SAMPLE, "--batch_size", 2, "--shard_size_mb", 0.0001]
@@ -241,7 +239,6 @@ def test_from_python(senders, tasks, reference, tmp_path):
 
 
 # ---- data fields
-
 def test_alfworld_preset_and_conversations_index(senders, tmp_path):
     turns = [{"from": f, "value": v} for f, v in [("human", "instruction"), ("gpt", "OK"), ("human", " find a cup "),
                                                   ("gpt", "go")]]
@@ -326,7 +323,6 @@ def test_a_student_is_asked_as_in_its_training(tasks, tmp_path):
 
 
 # ---- inspect
-
 def test_inspect_lists_and_reads_the_latents(reference, senders, capsys):
     shards = reference["greedy"]
     main(["inspect", shards.directory])
@@ -348,7 +344,6 @@ def test_inspect_lists_and_reads_the_latents(reference, senders, capsys):
 
 
 # ---- bad input
-
 @pytest.mark.parametrize("content, words", [
     (None, ["no file", "tasks.json"]), ("[{", ["not valid JSON", "tasks.json"]), ("{}", ["non-empty list of records"]),
     ("[]", ["list of records"]), ('["x"]', ["list of records"]), ('[{"id": "a", "task": 3}]', ["id a"]),
@@ -408,7 +403,7 @@ def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):
     refuses(main, argv(tmp_path / "m", tasks, tmp_path / "o"), "cannot be used", "--self_check")
     line = argv(tmp_path / "m", tasks, tmp_path / "o", "--self_check", "false")
     refuses(main, line, "not finite", "--torch_dtype", "id t")
-    assert not os.listdir(tmp_path / "o")
+    assert not os.path.exists(tmp_path / "o")
 
 
 def test_bad_inspect(reference, tmp_path, refuses):

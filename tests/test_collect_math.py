@@ -20,7 +20,6 @@ def data(tmp_path_factory):
 
 
 # ---- tasks
-
 def test_directory_of_math(data):
     tasks = load_tasks(data, split="test")
     assert {t["id"] for t in tasks} == {f"test/{s}/{5 * n}" for s in SUBJECTS for n in range(1, 6)}
@@ -79,7 +78,6 @@ def test_collect_math(data, tmp_path):
 
 
 # ---- bad input
-
 def test_bad_files_and_hub_datasets(tmp_path, refuses, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"id": ["a"], "text": ["b"]}), tmp_path / "x.parquet")

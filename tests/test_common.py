@@ -76,7 +76,6 @@ def test_an_object_of_the_users(tmp_path, monkeypatch):
 
 
 # ---- files
-
 @pytest.mark.parametrize("directory", [False, True])
 def test_an_exception_leaves_what_was_there(tmp_path, directory):
     path = tmp_path / "x"
@@ -148,11 +147,10 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
     main("twice")
     main()  # the lock went with the run
-    assert not os.listdir(tmp_path)
+    assert not tmp_path.exists()  # empty, it goes as well
 
 
 # ---- processes, numbers
-
 def test_seeds_are_stable_and_separate_their_parts():
     assert seed_for("a", 1) == seed_for("a", "1") != seed_for("a1")
     assert seed_for("a", 12) != seed_for("a1", 2) and 0 <= seed_for("x") < 2**63
@@ -174,7 +172,6 @@ def test_only_one_rank_shows_progress(capsys):
 
 
 # ---- the files of a run, without an LM
-
 SETTINGS = {"learning_rate": 0.1, "curriculum": [0.0, 1.0], "contents": {"train_file": "a"}}
 
 

@@ -51,7 +51,6 @@ def reference(world, tmp_path_factory):
 
 
 # ---- the loss
-
 class Micro:
     """A micro-batch by hand: three samples with data messages of unequal length, all longer than K."""
 
@@ -157,7 +156,6 @@ def test_weights_of_the_kl():
 
 
 # ---- the frozen actor, and what each side reads
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_actor_has_no_dropout_and_does_not_change(world, micro, reference, checkpointing):
     """In memory, and in its files after a whole training."""
@@ -195,7 +193,6 @@ def test_what_the_actor_reads_in_each_pass(world):
 
 
 # ---- the student directory
-
 def collected(student, world, out, **flags):
     """The messages that collect.py writes with a student, for the tasks of the training file."""
     shards = LatentShards(world["messages"])
@@ -270,7 +267,6 @@ def test_student_learns(world, tmp_path):
 
 
 # ---- bad input
-
 def test_what_must_fit_the_actor(world, tmp_path, refuses):
     """It must read messages; the student's width and theirs; K, which may exceed a message, its context; the ids."""
     wide, (_, messages) = save_model(tmp_path / "wide", width=32), make_data(str(tmp_path / "data"), N, 32)

@@ -110,7 +110,6 @@ def test_shards_are_cut_where_they_are_full(tmp_path, monkeypatch, plan, mb, hea
 
 
 # ---- bad input
-
 @pytest.mark.parametrize("change, words", [
     ({"hidden_state": None}, ["t1", "hidden_state"]), ({"hidden_state": []}, ["t1", "hidden_state"]),
     ({"hidden_state": [[1.0, 2.0], [1.0]]}, ["t1", "hidden_state"]),

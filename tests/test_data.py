@@ -48,7 +48,6 @@ PROMPTS = [(template, system) for template in sorted(SPECIAL) for system in (Non
 
 
 # ---- prompts are the template's
-
 @pytest.mark.parametrize("template, system", PROMPTS)
 @pytest.mark.parametrize("n_turns", [2, 4])
 @pytest.mark.parametrize("announcement", [None, PLAN_ANNOUNCEMENT])
@@ -212,7 +211,6 @@ def test_plan_ids_only_if_the_vocabulary_is_shared():
 
 
 # ---- conversations
-
 def shared(*turns):
     """A conversation as ShareGPT's files have it."""
     return [{"from": role, "value": text} for role, text in turns]
@@ -266,7 +264,6 @@ def test_a_turn_may_be_read_and_not_learned(mark):
 
 
 # ---- ids and samples
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A training file's records, its path, and messages for it."""
@@ -362,7 +359,6 @@ def test_the_instruction_of_a_file_is_kept_and_asked_for(world):
 
 
 # ---- order, negatives, held-out samples
-
 def test_batches_cover_the_data_and_depend_on_the_step_alone():
     indices = [3, 1, 4, 15, 9, 2, 6]
     batches = [global_batch(step, indices, 4, 3) for step in range(7)]

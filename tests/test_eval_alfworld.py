@@ -152,7 +152,6 @@ def rows(path):
 
 
 # ---- batched and cached equals alone without a cache
-
 @torch.no_grad()
 def alone(actor, task, variant, shards, ends=()):
     """One episode, every token re-reads the whole history -> [(ids of a reply, ended by itself?)], success. A token
@@ -223,7 +222,6 @@ def test_batch_size_changes_no_reply(world, tmp_path):
 
 
 # ---- everything in one command
-
 LABELS = [*(name for name in VARIANTS if name != "self"), "another"]
 
 
@@ -357,7 +355,6 @@ def test_self_and_the_four_differences_by_hand(world, tmp_path, capsys, refuses)
 
 
 # ---- what counts
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_game_that_crashes_or_hangs_is_counted_and_the_others_go_on(world, tmp_path, capsys, num_workers):
     games = 6 if num_workers else 5  # without processes nobody ends the game that hangs
@@ -418,7 +415,6 @@ def test_runs_have_a_deviation_and_messages_are_cut_to_shares(world, tmp_path):
 
 
 # ---- kills, restarts, ranks
-
 def test_killed_and_stopped_and_resumed_is_uninterrupted(world, tmp_path, monkeypatch, capsys, forked):
     """The same command plays what is left, in other batches, and nothing twice; Ctrl-C is one line."""
     flags = ["--variants", "latent", "text", "--temperature", 1.0, "--batch_size", 4]
@@ -486,12 +482,11 @@ def test_two_ranks_equal_one(world, tmp_path, forked):
         for task_id, record in LatentShards(f"{tmp_path}/{folder}/messages_k2").records.items():
             assert record["task"] == ask(next(task for task in TASKS if task["id"] == task_id)).strip()
         for rank in (0, 1):
-            asked = read_json(f"{tmp_path}/{folder}/asked-rank{rank:05d}.json")["test_eval_alfworld:LineGame"]
-            assert asked == {task["id"]: ask(task) for task in TASKS[rank::2]}
+            path, = (tmp_path / folder).glob(f"asked-*-rank{rank:05d}.json")
+            assert read_json(path)["test_eval_alfworld:LineGame"] == {task["id"]: ask(task) for task in TASKS[rank::2]}
 
 
 # ---- bad input
-
 @pytest.mark.parametrize("flags, words", [
     (["--variants", "smoke"], ["invalid choice: 'smoke'", "cross_task"]), (["--surprise", 1], ["--surprise"]),
     (["--env", "alfwolrd"], ["alfwolrd", "module:name"]), (["--split", "nowhere"], ["no games", "nowhere"]),
@@ -528,7 +523,6 @@ def test_context_that_is_too_short(tmp_path, world, refuses):
 
 
 # ---- the real engine
-
 @pytest.fixture(scope="module")
 def household(tmp_path_factory):
     """The six games of valid_seen -> {id: task, with what the engine says first: room and task}."""

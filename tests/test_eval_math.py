@@ -100,7 +100,6 @@ def reference(world, tmp_path_factory):
 
 
 # ---- the files
-
 def test_actor_gives_complete_files(world, tmp_path, capsys):
     variants = ("latent", "text", "no_comm", "cross_task", "randomrot", "cot_full")
     main(argv(world, tmp_path / "o", "--baseline_path", world.text_actor, variants=variants))
@@ -159,7 +158,6 @@ def test_sender_and_actor_are_asked_as_in_training(world, tmp_path):
 
 
 # ---- the same answers in any company
-
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_answers_do_not_depend_on_the_batch(world, reference, tmp_path, batch_size):
     main(argv(world, tmp_path / "o", *SAMPLED, "--batch_size", batch_size, "--variants", "latent"))
@@ -211,7 +209,6 @@ def test_killed_and_resumed_on_two_ranks(world, reference, tmp_path, forked):
 
 
 # ---- the figures
-
 def record(task, sample, extracted, reference, **more):
     return {"variant": "latent", "id": task, "sample": sample, "level": "1", "subject": "A",
             "extracted_answer": extracted, "correct": extracted == reference, "message_length": 2, "tokens": 10,
@@ -328,7 +325,6 @@ def test_keep_ratio_and_messages_of_others(world, tmp_path):
 
 
 # ---- graders
-
 GRADERS = """
 def close(answer, reference, tolerance=1):
     return answer is not None and abs(int(answer) - int(reference)) <= tolerance
@@ -388,7 +384,6 @@ def test_chat_template_kwargs_reach_the_template(world, tmp_path):
 
 
 # ---- files of every shape
-
 SHAPES = {  # name: (records, [(id, level, subject, reference)], the reply in train.json)
     "MATH-500": ([{"problem": "p", "solution": "so \\boxed{\\frac12}", "answer": "\\frac{1}{2}", "subject": "Algebra",
                    "level": level, "unique_id": f"test/algebra/{level}.json"} for level in (2, 5)],
@@ -434,7 +429,6 @@ def test_fields_that_are_given(world, tmp_path, refuses):
 
 
 # ---- bad input
-
 @pytest.mark.parametrize("flags, words", [
     (["--samples_per_question", 2], ["--temperature", "--samples_per_question"]),
     (["--temperature", -1], ["--temperature"]), (["--variants", "telepathy"], ["telepathy", "no_comm"]),

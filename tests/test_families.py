@@ -166,7 +166,6 @@ def table(families):
 
 
 # ---- what is right
-
 def check_plans(lm):
     """collect.py: a batch whose plans end at different times."""
     prompts, expected = make_prompts(7, 12, 20), []
@@ -344,7 +343,6 @@ def test_a_folder_that_is_no_model_says_what_it_is(tmp_path):
 
 
 # ---- tokenizers
-
 def test_what_is_no_tokenizer_for_us(tmp_path):
     for family in ("qwen2", "gemma2", "gpt2", "llama"):  # transformers makes an empty one, in which a text is no ids
         path = save_tiny(tmp_path / family, family, {"vocab_size": 400})

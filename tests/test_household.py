@@ -9,14 +9,13 @@ from common import read_json
 from eval_math import extract_answer
 from examples import arithmetic, household as example, scratch
 from examples.household import LOCATIONS, MAX_STEPS, PLACES, Household, all_tasks, expert, goal, plan, search_actions
-from household_fixture import TINY
 from tiny import snapshot
 
 ROWS = "latent text no_comm cross_task self randomrot no_comm_base keep8 k8 k8_untrained search".split()
+TINY = {"base": 2, "sender": 2, "train": 8, "test": 4, "actor": 1, "student": 1}
 
 
 # ---- the household
-
 def play(task, actions):
     """What each action gives."""
     world = Household()
@@ -136,6 +135,16 @@ def test_a_sample_supervises_what_it_says():
 
 
 # ---- all stages of the household
+@pytest.fixture(scope="module")
+def household(tmp_path_factory):
+    """The folder with the household_out of a run that takes seconds and learns nothing."""
+    folder = tmp_path_factory.mktemp("household")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(example.SIZES, True, TINY)
+        example.main(["--fast"])
+    return folder
+
 
 def unchanged(before, after, *endings):
     """Whether no file has gone or come, and those with these endings were not written again."""
@@ -191,7 +200,6 @@ def test_a_second_run_reuses_everything_and_other_flags_are_refused(household, m
 
 
 # ---- MATH in miniature
-
 STEP = {"plus": "+", "minus": "-", "times": "*"}
 
 

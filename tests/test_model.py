@@ -35,7 +35,6 @@ def make_samples(tokenizer, ratios=(0, 0.4, 1, 0.7), sender_dim=32):
 
 
 # ---- losses
-
 @pytest.fixture(params=[1e-3, 1.0, 30.0])
 def logits(request):
     """Two (40, 300) of some loudness, in float64; the first one requires its gradient."""
@@ -147,7 +146,6 @@ def test_terms_are_summed_in_fp32_under_autocast():
 
 
 # ---- insertion
-
 @pytest.mark.parametrize("family, template", FAMILIES)
 @pytest.mark.parametrize("ratio", [0, 0.4, 1])
 @pytest.mark.parametrize("sender_dim", [32, 20])
@@ -213,7 +211,6 @@ def test_curriculum_counts(percent, n_plan, n_latents):
 
 
 # ---- adapter
-
 @pytest.mark.parametrize("sender_dim", [32, 20, 48])
 def test_adapter_ignores_padding_and_survives_empty_messages(sender_dim):
     adapter = HiddenStateProcessor(sender_dim, 32, 4).eval()
@@ -247,7 +244,6 @@ def test_a_message_starts_as_loud_as_words(family, sender_dim, loudness):
 
 
 # ---- actor on disk
-
 @pytest.mark.parametrize("family, template", FAMILIES)
 @pytest.mark.parametrize("sender_dim, tied", [(32, True), (20, False)])
 def test_actor_saves_bit_for_bit(tmp_path, family, template, sender_dim, tied):
@@ -311,7 +307,6 @@ def test_markers_grow_the_table_only_if_needed(vocab, tied):
 
 
 # ---- shards
-
 SENDER = {"model": "tiny", "hidden_size": 4, "seed": 0}
 
 
@@ -384,7 +379,6 @@ def test_shards_that_do_not_fit_say_why(tmp_path, ids, number, change, words):
 
 
 # ---- the sender in K steps, and the decode loop
-
 def test_student_saves_bit_for_bit_and_a_damaged_bridge_is_one_line(tmp_path):
     sender = LatentSender(make_lm(tied=True)).eval()
     with torch.no_grad():

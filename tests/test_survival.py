@@ -81,7 +81,6 @@ def assert_usable(script, out):
 
 
 # ---- kills
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_again_and_again(world, forked, tmp_path, request, script):
     kills = request.config.getoption("--kills")
@@ -131,7 +130,6 @@ def test_preempted(world, forked, tmp_path, script, number):
 
 
 # ---- full disk
-
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory):
     """Processes that see a small file system, and its folder."""
@@ -167,7 +165,6 @@ def test_full_disk(world, small_disk, forked, tmp_path, script, size):
 
 
 # ---- ranks
-
 EXACT = 1e-9  # in float64; in fp32 a random student's gradients differ by 1e-5 in step 1, by 2e-3 in step 6
 
 
@@ -241,7 +238,6 @@ def test_fsdp_holds_a_share_of_everything(world, tmp_path, forked, script):
 
 
 # ---- both trainers: memory, schedule, what is kept, bad flags
-
 @pytest.mark.parametrize("flags", [
     {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 3},
     {"per_device_train_batch_size": 3, "gradient_checkpointing": "true", "self_check": "false"}], ids=str)

@@ -66,7 +66,6 @@ def test_torchrun(world, tmp_path):
 
 
 # ---- what is kept
-
 @pytest.mark.parametrize("kind", ["latent", "text", "none"])
 def test_the_kept_model_has_the_logged_loss_on_whole_messages(world, tmp_path, kind):
     """The output directory reproduces the lowest eval_loss, by plain Hugging Face on inputs made by hand.
@@ -121,7 +120,6 @@ def test_what_an_evaluation_needs_is_kept_with_the_actor(world, tmp_path, capsys
 
 
 # ---- the loss terms
-
 def test_a_weight_moves_with_its_term():
     """Between a tenth of its ceiling and the ceiling, where the term starts: 1 for align, ln 2 for sep."""
     assert loss_weights(0.4, 2.0, False, {"align": 0.0, "sep": 0.0}) == {"task": 1.0, "align": 0.4, "sep": 2.0}
@@ -162,7 +160,6 @@ def test_a_term_of_ones_own_has_its_column_and_zero_weights_drop_their_passes(wo
 
 
 # ---- the batches of a step
-
 @pytest.mark.parametrize("curriculum", [[0.0], [0.5], [0.0, 1.0], [r / 10 for r in range(11)]], ids=str)
 def test_ratios_are_drawn_from_the_curriculum(world, curriculum):
     """The same one for the sample and its negative; all of them come, by the number of the draw alone."""
@@ -196,7 +193,6 @@ def test_a_curriculum_of_zero_shows_no_word_of_the_plan(world, tmp_path):
 
 
 # ---- learning
-
 @pytest.mark.long
 def test_learns_to_read_the_message(tmp_path, world):
     """The reply is written in the latents only: read, it is known; with no message it can only be guessed."""
@@ -222,7 +218,6 @@ def test_learns_to_read_the_message(tmp_path, world):
 
 
 # ---- bad input
-
 @pytest.mark.parametrize("change, words", [
     (lambda records, sent: records[0].pop("id"), ["record 0", "'id'"]),
     (lambda records, sent: records[0].update(conversations=turns(("human", "x" * 5000), ("gpt", "x"))),

@@ -30,7 +30,6 @@ def seen(task):
 
 
 # ---- the world
-
 @WORLD
 def test_each_sighting_is_as_likely_and_their_order_says_nothing(name):
     tasks = WORLDS[name].tasks("train-7")
@@ -98,7 +97,6 @@ def test_seeds_have_other_tasks_of_the_same_kind():
 
 
 # ---- messages in words, all stages
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The directory that a small run leaves."""

@@ -19,7 +19,6 @@ N = 6
 
 
 # ---- perturbations
-
 def covariance(X):
     X = X.double() - X.double().mean(0)
     return X.T @ X / max(len(X) - 1, 1)
@@ -77,7 +76,6 @@ def test_perturbations_are_seeded(variant):
 
 
 # ---- flags, actors, labels
-
 def flags(*argv):
     parser = Parser()
     add_flags(parser)
@@ -195,7 +193,6 @@ def test_no_output_inside_an_input(tmp_path, name):
 
 
 # ---- samples
-
 @pytest.fixture(scope="module")
 def told(world):
     """told(variant, n, ...) -> (the sample of a variant, its text, the positions of its message)."""

@@ -163,7 +163,6 @@ def message_of(actor, latents):
 
 
 # ---- what a run of a trainer leaves
-
 TIMING = {"tokens_per_s", "memory_gb", "sender_ms"}  # of no two runs the same
 
 
