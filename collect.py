@@ -50,9 +50,9 @@ def get_args(argv):
         p.flag("--env", None, "instead of --dataset_path: games, as in eval_alfworld.py")
         p.flag("--output_dir", ..., "where the shards go; an existing directory is continued")
         # a tuple of names: the first that a file has
-        p.flag("--id_field", ID_FIELDS, "the task's id; default: unique_id, id or idx, else a hash of its text")
+        p.flag("--id_field", ID_FIELDS, "the task's id; default: unique_id, id, idx or a hash of its text")
         p.flag("--task_field", task_field, "the task's text; default: %(default)s, else conversations are read")
-        p.flag("--task_turn --conversations_index", turn, "of conversations: the turn with the task", type=int)
+        p.flag("--task_turn --conversations_index", turn, "of conversations: the turn of the task", type=int)
         p.flag("--response_field", response_field, "the reference reply: also writes train.json for "
                "train_actor.py; '': none; default: %(default)s")
         p.flag("--answer_field", ANSWER_FIELDS if response_field else "", "the bare answer, boxed in train.json "
@@ -113,7 +113,7 @@ def sender_prompt(tokenizer, template, task, chat_template="auto"):
     text = template.replace("{task}", task["task"])
     if chat_template == "none":  # a control token that a task spells stays text, as in a template
         return tokenizer(text, split_special_tokens=True).input_ids
-    part = encode_prompt(tokenizer, [{"role": "user", "content": text}], where=f"id {task['id']}")
+    part = encode_prompt(tokenizer, [{"role": "user", "content": text.strip()}], where=f"id {task['id']}")
     return part["before"] + part["after"]
 
 
@@ -293,8 +293,9 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         print(f"{len(tasks)} tasks{whose}, {len(pending)} of them not yet in {output_dir}")
     if not pending:
         return
-    if rank == 0:
-        lock(output_dir)
+    # each rank has a lock: else rank 1 of a second run, whose rank 0 is refused, would write what it has
+    mine = os.path.join(output_dir, f".rank{rank}")
+    lock(mine if rank > 0 else output_dir)
     loading = (model_name_or_path, torch_dtype, device, trust_remote_code, self_check)
     model = LatentSender.load(*loading) if latent_steps else load_lm(*loading)
     eos_ids = stop_ids(tokenizer, None if latent_steps else model)
@@ -313,16 +314,18 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
             seeds = [seed_for(seed, task["id"]) for task in batch]
             said = decode_plans(model, batch_prompts, seeds, eos_ids, **decoding)
         for task, (plan_token_ids, states, ms) in zip(batch, said):
+            task_id = task["id"]
             if not torch.isfinite(states).all():
-                raise UserError(f"id {task['id']}: the sender's states are not finite in {torch_dtype}: use "
+                raise UserError(f"id {task_id}: the sender's states are not finite in {torch_dtype}: use "
                                 f"--torch_dtype bf16 or fp32")
             plan = tokenizer.decode(plan_token_ids, skip_special_tokens=True)
-            latents[task["id"]] = states[:c]  # (L, D), all of them where --c is not given
-            ends = [len(tokenizer.decode(plan_token_ids[:n], skip_special_tokens=True))
-                    for n in range(1, len(plan_token_ids) + 1)]  # where in the plan each token ends
-            records[task["id"]] = make_record(task, plan, plan_token_ids, ms, ends)
-            size += latents[task["id"]].nbytes
-            header += header_bytes(task["id"], records[task["id"]])
+            latents[task_id] = states[:c]  # (L, D), all of them where --c is not given
+            ends = []  # where in the plan each token ends
+            for n in range(1, len(plan_token_ids) + 1):
+                ends.append(len(tokenizer.decode(plan_token_ids[:n], skip_special_tokens=True)))
+            records[task_id] = make_record(task, plan, plan_token_ids, ms, ends)
+            size += latents[task_id].nbytes
+            header += header_bytes(task_id, records[task_id])
         bar.update(len(batch))
         full = size + header >= shard_size_mb * 2**20 or header >= HEADER_LIMIT
         last = start + batch_size >= len(pending)
@@ -383,7 +386,7 @@ def print_words(lm, tokenizer, states, plan_token_ids, top_k):
     for n in range(len(states)):
         written = repr(tokenizer.decode(plan_token_ids[n])) if n < len(plan_token_ids) else ""
         line = f"  {n:4d}  {written:16s}"
-        top = probs[n].topk(top_k)
+        top = probs[n].topk(min(top_k, probs.shape[1]))
         for prob, token_id in zip(top.values, top.indices):
             line += f"  {tokenizer.decode(token_id)!r} {prob:.2f}"
         print(line)

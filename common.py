@@ -404,12 +404,10 @@ class Run:
     def is_over(self, max_steps, patience=0):
         """True where no step is left and all is written, trainer_state.json last. A larger max_steps goes on."""
         state = self.state
-        stalled = 0 < patience <= state["bad_evals"]
-        state["stopped"] = state["step"] >= max_steps or stalled
+        state["stopped"] = state["step"] >= max_steps or 0 < patience <= state["bad_evals"]
         over = state["stopped"] and os.path.exists(os.path.join(self.output_dir, "trainer_state.json"))
         if over and self.rank == 0:
-            more = "; a larger --max_steps continues it" * (not stalled)
-            print(f"{self.output_dir} is finished ({state['step']} steps){more}")
+            print(f"{self.output_dir} is finished ({state['step']} of {max_steps} steps)")
         return over
 
     def clear(self):

@@ -165,7 +165,7 @@ def template_text(tokenizer, turns, add_generation_prompt):
     try:
         return tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
-            date_string=f"{CLOCK:%d %b %Y}", **tokenizer.chat_template_kwargs)
+            **{"date_string": f"{CLOCK:%d %b %Y}"} | tokenizer.chat_template_kwargs)
     except Exception as error:  # jinja's: roles that must alternate, no system turn allowed, ...
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the turns: {error}") from None
 
@@ -576,7 +576,11 @@ class Conversations:
         if not record.get("token_ends") or self.shards.sender.get("c"):
             raise UserError(f"{self.shards.directory}: id {self.ids[n]}: no word for each state (messages of latent "
                             f"steps, of --c, or collected before words were kept): collect whole plans")
-        return words_of_states(self.tokenizer, record["plan"], record["token_ends"])
+        plan = record["plan"]
+        ids = record["plan_token_ids"]
+        if plan_ids_for(self.tokenizer, plan, ids) == ids:  # one vocabulary: each byte of an emoji has its own
+            return [[token] for token in ids]
+        return words_of_states(self.tokenizer, plan, record["token_ends"])
 
     def sample(self, n, kind, ratio=0.0, source=None):
         """Record n with the message of record `source` (default n), a share `ratio` of it words of the plan."""
@@ -605,7 +609,7 @@ def read_plan(record, stored, tokenizer):
     if not is_text(plan):
         raise UserError(f"its plan is not a text, found {str(plan)[:80]!r}")
     ids = plan_ids_for(tokenizer, plan, stored.get("plan_token_ids"))
-    if not ids:
+    if not ids or not plan.strip():  # control tokens alone are no words
         raise UserError("empty plan: collect it again, or give the record a 'plan'")
     return ids
 

@@ -14,7 +14,6 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedConfig,
                           PreTrainedTokenizerFast)
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -39,7 +38,7 @@ def load_config(path, trust_remote_code=False):
     not here or holds no model: the hub's client would try for a minute to find it there."""
     there = os.listdir(path) if os.path.isdir(path) else []
     if not there and (path.count("/") != 1 or os.path.isdir(os.path.dirname(path))):
-        raise UserError(f"no directory {path} here (and a hub id has the form owner/name)")
+        raise UserError(f"no directory {path} here, or an empty one (and a hub id has the form owner/name)")
     if "adapter_config.json" in there:
         raise UserError(f"{path} is a LoRA adapter: merge it into its model (peft's merge_and_unload) and save that")
     if there and "config.json" not in there:
@@ -107,10 +106,12 @@ def load_lm(path, dtype="fp32", device="cpu", trust_remote_code=False, check=Tru
             path, config=without_dropout(config), dtype=DTYPES[dtype], trust_remote_code=trust_remote_code,
             output_loading_info=True)
         lm.to(device).eval()
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # torch.load's, of a file that is an LFS pointer, is a pickle error
         raise UserError(f"cannot load the model at {path}: {first_line(error)}") from None
     family = type(lm).__name__
-    missing, unused = report["missing_keys"], report["unexpected_keys"]
+    missing = report["missing_keys"]
+    masks = re.compile(r"attn(\.attention)?\.(masked_)?bias$")  # in files of old GPT-2 and GPT-Neo models
+    unused = [name for name in report["unexpected_keys"] if not masks.search(name)]
     if missing:  # transformers would make them at random
         raise UserError(f"{path} has no {min(missing)}, which {family} needs: is it a causal LM, "
                         "and are all its files there?")

@@ -585,8 +585,8 @@ class LatentShards:
             shapes = {task_id: file.get_slice(task_id).get_shape() for task_id in records}
             check_records(records)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} is truncated or not a latent shard: delete it and run collect.py "
-                            "again, which collects only what is missing") from None
+            raise UserError(f"{path} is truncated or not a latent shard: if collect.py wrote it, delete it "
+                            "and run that again, which collects only what is missing") from None
         if self.sender is None:
             self.sender = sender
         differ = [key for key in sender | self.sender if sender.get(key) != self.sender.get(key)]

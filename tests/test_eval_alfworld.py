@@ -483,7 +483,7 @@ def test_two_ranks_equal_one(world, tmp_path, forked):
             assert record["task"] == ask(next(task for task in TASKS if task["id"] == task_id)).strip()
         for rank in (0, 1):
             path, = (tmp_path / folder).glob(f"asked-*-rank{rank:05d}.json")
-            assert read_json(path)["test_eval_alfworld:LineGame"] == {task["id"]: ask(task) for task in TASKS[rank::2]}
+            assert read_json(str(path))["test_eval_alfworld:LineGame"] == {task["id"]: ask(task) for task in TASKS[rank::2]}
 
 
 # ---- bad input

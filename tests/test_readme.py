@@ -132,6 +132,35 @@ def test_links_and_names_lead_somewhere():
         assert os.path.exists(os.path.join(ROOT, name)), name
 
 
+# ---- figures
+def short(value):
+    """.88, 1.00"""
+    return f"{value:.2f}".removeprefix("0")
+
+
+def test_figures_are_those_of_the_files():
+    """The table of the first screen, and what the text says of a file of assets/, figure by figure."""
+    house, games, smollm2, unsure = (read_json(f"{ROOT}/assets/{name}.json") for name in
+                                     ("household", "alfworld", "smollm2", "unsure"))
+    text, expected = " ".join(README.split()), []
+    for row in ("latent", "text", "no_comm", "cross_task", "k8"):
+        cells = []
+        for table in (house["results"], games["tables"]["seen"], games["tables"]["unseen"]):
+            low, high = table[row]["interval"]
+            cells.append(f"{short(table[row]['success'])} [{short(low)}, {short(high)}]")
+        expected.append(" | ".join(cells) + " |")
+        assert any(line.startswith(f"| `{row}` |") and line.endswith(expected[-1]) for line in README.splitlines())
+    pairings = [short(result["pairing"][0]) for result in (house["differences"], games["differences"]["seen"])]
+    expected.append("{} in the household, {} on ALFWorld's seen games".format(*pairings))
+    wins = [smollm2["valid_seen"][row] for row in ("latent", "text")]
+    expected.append(f"SmolLM2 wins {wins[0][0]} of {wins[0][1]} seen games by latents, {wins[1][0]} by text")
+    latent, words = (unsure["table"][row]["wrong"][0] for row in ("latent", "text"))
+    expected.append(f"wins {latent:.3f}".replace("0.", ".") + " of the tasks, one trained on the texts "
+                    + f"{words:.3f}".replace("0.", "."))
+    for figure in expected:
+        assert figure in text, figure
+
+
 # ---- flags
 def passes(text, flag):
     """Whether a test gives a flag to a script: "--c", "--c 3", or in argv_of: {"c": 3}, c=3."""

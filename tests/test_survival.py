@@ -346,7 +346,7 @@ def test_a_finished_run_does_nothing_and_takes_no_other_flags(world, one_rank, r
     assert names - {"optimizer.pt"} < set(os.listdir(out))
     before, flags = snapshot(out), {"model": "tied", "save_steps": 3, "per_device_train_batch_size": 1}
     TRAINERS[script].main(command(world, script, out, **flags))  # not of the result
-    assert "is finished (8 steps)" in capsys.readouterr().out
+    assert "is finished (8 of 8 steps)" in capsys.readouterr().out
     changed = command(world, script, out, model="tied", **others)
     refuses(TRAINERS[script].main, changed, *(f"--{name}" for name in others), "--resume never")
     assert snapshot(out) == before
