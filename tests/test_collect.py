@@ -1,4 +1,5 @@
 """Stage 1: what is stored is what the sender thought, whatever the batch, the order and the ranks."""
+import fcntl
 import json
 import os
 
@@ -290,6 +291,14 @@ def test_a_template_that_cannot_end_a_turn_is_fine_for_a_sender(tasks, tmp_path)
         assert_prompt(load_lm(sender), prompt_ids(tokenizer, record["task"]), shards[task_id])
 
 
+def test_white_space_around_a_prompt_may_go(tasks, tmp_path):
+    """Llama's template trims what a turn says; another one's `date_string` is an argument like any other."""
+    sender = save_model(tmp_path / "sender", template="llama3")
+    shards = run(sender, tasks, tmp_path / "o", "--max_samples", 1, "--prompt_template", "Plan this.\n{task}\n",
+                 "--chat_template_kwargs", '{"date_string": "1 Jan 2026"}')
+    assert len(shards) == 1
+
+
 def test_template_arguments_reach_the_sender(tasks, tmp_path, refuses):
     """Qwen3's template: without thinking its prompt ends in an empty thought."""
     sender = save_model(tmp_path / "sender", template="qwen3")
@@ -386,6 +395,8 @@ def test_another_sender_or_settings_need_another_directory(tasks, tmp_path, refu
     run(sender, tasks, out, "--max_samples", 2)
     before = files_of(out)
     refuses(main, argv(sender, tasks, out, "--seed", 1), "different: seed", "--output_dir")
+    others = write(tmp_path / "others.json", [{"id": "t0", "task": "water the plant"}])
+    refuses(main, argv(sender, others, out), "id t0", "another text", "--output_dir")
     save_sender(tmp_path / "sender")  # the same weights again
     run(sender, tasks, out, "--max_samples", 2)
     make_lm(seed=1).save_pretrained(sender)  # trained anew into the same folder
@@ -394,6 +405,16 @@ def test_another_sender_or_settings_need_another_directory(tasks, tmp_path, refu
     (out / shard).write_bytes(before[shard][:-1])
     refuses(main, argv(sender, tasks, out), "truncated", shard)
     assert files_of(out) == {shard: before[shard][:-1]}  # nothing already written is lost
+
+
+def test_a_second_run_is_refused_on_every_rank(senders, tasks, tmp_path, forked):
+    """Else its rank 1, which torchrun stops when rank 0 is refused, writes what it has: the first run's ids."""
+    (tmp_path / "o/.rank1").mkdir(parents=True)
+    first = os.open(tmp_path / "o/.rank1", os.O_RDONLY)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    done = forked("collect", argv(senders["qwen2"], tasks, tmp_path / "o"), world=2)
+    os.close(first)
+    assert done["codes"] == [0, 2] and "another run is writing" in done["err"][1]
 
 
 def test_states_that_overflow_are_refused(tasks, tmp_path, refuses):

@@ -273,6 +273,9 @@ def test_what_must_fit_the_actor(world, tmp_path, refuses):
     make_actor(kind="text").save(str(tmp_path / "text"))
     make_actor(sender_dim=32).save(str(tmp_path / "actor"))
     make_actor(sender_dim=WIDTH, context=400).save(str(tmp_path / "short"))
+    other = make_actor(sender_dim=WIDTH)
+    other.info["sender"] = {"model": "another", "fingerprint": None}
+    other.save(str(tmp_path / "other"))
     *others, last = read_json(world["train"])
     stranger = write(tmp_path / "t.json", [*others, {**last, "id": "stranger"}])
     for change, flags, words in (
@@ -282,6 +285,7 @@ def test_what_must_fit_the_actor(world, tmp_path, refuses):
             ({"messages": messages}, {}, [f"{WIDTH} wide", "is 32"]),
             ({"actor": str(tmp_path / "actor")}, {}, ["32 wide", f"is {WIDTH}"]),
             ({"actor": str(tmp_path / "short")}, {"K": 300}, ["id t", "400"]),
+            ({"actor": str(tmp_path / "other")}, {}, ["learned to read another", "messages of tiny"]),
             ({"train": stranger}, {}, ["id stranger", "no message", "collect.py"])):
         refuses(main, argv({**world, **change}, tmp_path / "o", **flags), *words)
     assert not os.path.exists(tmp_path / "o")

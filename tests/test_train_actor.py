@@ -15,7 +15,8 @@ from common import read_json, write_json
 from data import Conversations
 from hf import load_tokenizer
 from model import ADAPTER_FORMAT, LatentActor, LatentShards, add_markers, open_shards
-from tiny import argv_of, column, loss_by_hand, make_data, message_of, read_log, save_model, write_messages
+from tiny import (argv_of, column, loss_by_hand, make_data, message_of, read_log, same_tensors, save_model,
+                  write_messages)
 from train_actor import loss_weights, main, make_batches
 
 N = 7  # samples: no multiple of any batch size below
@@ -217,6 +218,21 @@ def test_learns_to_read_the_message(tmp_path, world):
     assert column(tmp_path / "latent", "infonce_bound")[-1] > 0.3  # in nats, of at most log 8
 
 
+def test_zero_is_a_rate_and_a_scale(world, tmp_path):
+    """An adapter at rate 0 stays as it was, here silent; the best model may be that of step 0."""
+    flags = {"adapter_output_scale": 0, "adapter_learning_rate": 0, "plan_similarity_weight": 0,
+             "random_contrast_weight": 0}
+    first = LatentActor.load(train(world, str(tmp_path / "o"), max_steps=0, **flags))
+    assert not message_of(first, torch.randn(3, 32)).any()
+    second = LatentActor.load(train(world, str(tmp_path / "o"), max_steps=1, **flags))
+    assert read_json(f"{tmp_path}/o/trainer_state.json")["step"] == 1
+    for a, b in zip(first.adapter.parameters(), second.adapter.parameters()):
+        assert torch.equal(a, b)
+    train(world, str(tmp_path / "best"), max_steps=0, learning_rate=1e3)
+    worse = train(world, str(tmp_path / "best"), max_steps=1, learning_rate=1e3)
+    assert read_json(f"{worse}/trainer_state.json")["best_step"] == 0 and same_tensors(worse, f"{worse}/checkpoint-0")
+
+
 # ---- bad input
 @pytest.mark.parametrize("change, words", [
     (lambda records, sent: records[0].pop("id"), ["record 0", "'id'"]),
@@ -224,6 +240,7 @@ def test_learns_to_read_the_message(tmp_path, world):
      ["id t0", "context of 4096"]),
     (lambda records, sent: records[0].update(plan=["a"]), ["id t0", "plan is not a text"]),
     (lambda records, sent: sent["t2"].update(plan=""), ["id t2", "empty plan"]),
+    (lambda records, sent: sent["t2"].update(plan="", plan_token_ids=[1]), ["id t2", "empty plan"]),
     (lambda records, sent: [record.update(task="x") for record in sent.values()],
      ["tasks are the same", "L_sep"])])
 def test_bad_records_and_messages(world, tmp_path, refuses, change, words):

@@ -162,7 +162,14 @@ def test_messages_that_cannot_be_read(world, tmp_path):
     check_sender(layer, str(tmp_path))
     with pytest.raises(UserError, match="other send"):
         check_sender({"model": "tiny", "send": "last"}, str(tmp_path))
-    for pairs in (["llama"], ["=full"], ["text=full"], [f"llama={full.directory}"] * 2):
+    learned = {"model": "owner/a", "fingerprint": None, "send": "last"}  # of the hub: a name is all there is
+    write_json(tmp_path / "latent_adapter.json", {"format_version": ADAPTER_FORMAT, "sender": learned})
+    check_sender(learned, str(tmp_path))
+    with pytest.raises(UserError, match="other model"):
+        check_sender(learned | {"model": "owner/b"}, str(tmp_path))
+    with pytest.raises(UserError, match="a row of this table has that name"):
+        table_rows(["latent"], {"latent": actor}, tasks, {"_k8": full}, {"latent_k8": full})
+    for pairs in (["llama"], ["=full"], ["text=full"], ["../out=full"], [f"llama={full.directory}"] * 2):
         with pytest.raises(UserError, match=f"--messages takes NAME=DIR.*{pairs[-1]}"):
             named_messages(pairs)
 
