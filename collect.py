@@ -202,7 +202,7 @@ def read_plans(lm, texts, lengths, send="last"):
     for n, L in enumerate(lengths):
         hidden_states = tuple(states[n, -L - 1:-1] for states in layers)  # of (L, D); the last token predicts none
         logits = lm_logits(lm, hidden_states[-1])  # (L, V)
-        sent.append(send(lm, hidden_states, logits).to("cpu", lm.dtype))
+        sent.append(send(lm, hidden_states, logits).to("cpu", lm.dtype, copy=True))  # no view of the batch
     ms = 1000 * (time.perf_counter() - start) / len(texts)
     return [(text[-L:], states, ms) for text, L, states in zip(texts, lengths, sent)]
 

@@ -483,7 +483,7 @@ def of_subjects(tasks, subjects):
     wanted = {key(subject) for subject in subjects}
     unknown = wanted - set(names)
     if unknown:
-        raise UserError(f"no subject {min(unknown)}, but {', '.join(names.values())}")
+        raise UserError(f"no subject {min(unknown)}, but {', '.join(names.values()) or 'none at all'}")
     return [task for task in tasks if key(task.get("type")) in wanted]
 
 
