@@ -152,6 +152,8 @@ def test_figures_are_those_of_the_files():
         assert any(line.startswith(f"| `{row}` |") and line.endswith(expected[-1]) for line in README.splitlines())
     pairings = [short(result["pairing"][0]) for result in (house["differences"], games["differences"]["seen"])]
     expected.append("{} in the household, {} on ALFWorld's seen games".format(*pairings))
+    counts = [count for of_seed in games["obeyed"].values() for count in of_seed.values()]
+    expected.append("in {} of {} games it first goes where that message says".format(*map(sum, zip(*counts))))
     wins = [smollm2["valid_seen"][row] for row in ("latent", "text")]
     expected.append(f"SmolLM2 wins {wins[0][0]} of {wins[0][1]} seen games by latents, {wins[1][0]} by text")
     latent, words = (unsure["table"][row]["wrong"][0] for row in ("latent", "text"))
