@@ -204,8 +204,9 @@ def ask(games, make_game, slot, method, argument):
             games[slot] = make_game()
         answer = getattr(games[slot], method)(argument)
         if method == "step":
-            answer[3]["won"]  # what a game must say, checked where its faults are caught
-        (answer[0] if method == "step" else answer).strip()  # and in text
+            answer[0].strip(), answer[3]["won"]  # what a game must say, checked where its faults are caught
+        if method in ("reset", "sender_text"):
+            answer.strip()
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
         answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line
