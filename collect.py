@@ -294,8 +294,8 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     if not pending:
         return
     # each rank has a lock: else rank 1 of a second run, whose rank 0 is refused, would write what it has
-    mine = os.path.join(output_dir, f".rank{rank}")
-    lock(mine if rank > 0 else output_dir)
+    mine = output_dir if rank == 0 else os.path.join(output_dir, f".rank{rank}")
+    lock(mine)
     loading = (model_name_or_path, torch_dtype, device, trust_remote_code, self_check)
     model = LatentSender.load(*loading) if latent_steps else load_lm(*loading)
     eos_ids = stop_ids(tokenizer, None if latent_steps else model)

@@ -484,7 +484,7 @@ class Run:
         best, last = self.state["best_step"], self.state["step"]
         source = os.path.join(self.output_dir, f"checkpoint-{last if best is None else best}")  # best may be 0
         remove(os.path.join(self.output_dir, "config.json"))  # without it, half of an old model is no model
-        for name in sorted(os.listdir(source), key="config.json".__eq__):  # so it comes last
+        for name in sorted(os.listdir(source), key=lambda name: name == "config.json"):  # so it comes last
             if name not in ("optimizer.pt", "trainer_state.json"):
                 with atomic_path(os.path.join(self.output_dir, name)) as temporary:
                     shutil.copy(os.path.join(source, name), temporary)

@@ -195,7 +195,7 @@ def pack(model, box):
         for path in glob.glob(f"{model}/*.*"):
             name = os.path.basename(path)
             if name.endswith(".safetensors"):
-                tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+                tensors = {key: tensor.bfloat16() for key, tensor in load_file(path).items()}
                 save_file(tensors, f"{temporary}/{name}", metadata={"format": "pt"})
             elif name.endswith((".json", ".jinja")):
                 shutil.copy(path, temporary)

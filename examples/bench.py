@@ -468,8 +468,16 @@ def bench_gpu(shape, device, repeats):
     return rows
 
 
+def bench_all(shape, device, repeats):
+    """The README's table."""
+    rows = []
+    for bench in (bench_train, bench_collect, bench_compress, bench_eval, bench_io):
+        rows += bench(shape, device, repeats)
+    return rows
+
+
 BENCHMARKS = {"collect": bench_collect, "train": bench_train, "compress": bench_compress,
-              "eval": bench_eval, "io": bench_io, "gpu": bench_gpu, "all": None}
+              "eval": bench_eval, "io": bench_io, "gpu": bench_gpu, "all": bench_all}
 
 
 @one_line_errors("bench.py")
@@ -478,8 +486,7 @@ def main(argv=None):
     shape = args.shape or (None if args.benchmark == "gpu" else "smollm2-135m")
     print(f"{args.benchmark}, {torch.get_num_threads()} threads, {args.device}")
     print_line("ours; the plain way", COLUMNS)
-    names = [args.benchmark] if args.benchmark != "all" else ["train", "collect", "compress", "eval", "io"]
-    rows = sum((BENCHMARKS[name](shape, args.device, args.repeats) for name in names), [])
+    rows = BENCHMARKS[args.benchmark](shape, args.device, args.repeats)
     if args.json:
         write_json(args.json, made_by() | {"device": args.device, "shape": shape, "rows": rows})
 
