@@ -5,7 +5,7 @@ Alignments without training, under the same harness: what readers make of messag
   python examples/unsure.py               # for the rows of the unsure sender
   python examples/smollm2.py --model ...  # for those of a pre-trained model, 7 GB of disk more
   python examples/alignments.py --fast    # a quarter of an hour: shows that it runs
-  python examples/alignments.py           # two hours on 2 cores, and two more with SmolLM2
+  python examples/alignments.py           # two hours on 2 cores, and one more with SmolLM2 on 20 games a split
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was. What the
 other examples have not left yet is left out, and joins in later.
@@ -37,7 +37,7 @@ from model import open_shards  # noqa: E402
 from variants import bootstrap_interval, differences  # noqa: E402
 
 SIZES = {  # by --fast: demonstrations to fit on, steps of the warm-up, games of a split at most
-    False: {"fit": 512, "warm": 400, "games": 300, "few": 40},
+    False: {"fit": 512, "warm": 400, "games": 300, "few": 20},
     True: {"fit": 64, "warm": 20, "games": 8, "few": 2},
 }
 

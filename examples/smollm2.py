@@ -161,6 +161,7 @@ def report(out, model, rows, differences):
             for name in ("text_actor", "warm_actor", "actor")}
     write_json(f"{out}/smollm2.json", made_by() | {
         "model": os.path.basename(model.rstrip("/")), "held_out_loss": logs, **results, "differences": differences,
+        "latent_by_type": {split: figures["latent"]["by_type"] for split, figures in rows.items()},
         "seconds": read_json(f"{out}/seconds.json")})
     print(f"held-out loss: {logs}\nwrote {out}/smollm2.json")
 

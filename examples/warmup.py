@@ -4,7 +4,7 @@ sender with the actor's words, for one that writes in pieces of three letters, a
 
   python examples/household.py                          # leaves the models and messages in household_out
   python examples/warmup.py                             # three minutes on two cores
-  python examples/warmup.py --smollm2 smollm2_out       # and for what examples/smollm2.py left: half an hour
+  python examples/warmup.py --smollm2 smollm2_out       # and beside what examples/smollm2.py left: 20 minutes more
 
 Without a warm-up the adapter has to find the map from states to embeddings through the whole LM. With
 it, the adapter alone learns first to give the plan's words (model.py, 4), and the LM starts from messages
@@ -29,6 +29,7 @@ HOUSEHOLD = """train_actor.py --model_name_or_path {models}/base --train_file {m
     --hidden_data {messages} --plan_announcement 'plan :' --global_batch_size 32
     --per_device_train_batch_size 32 --plan_similarity_weight 0.5 --random_contrast_weight 0.1
     --eval_ratio 0.05 --eval_steps {every} --logging_steps {every} --max_steps {steps} --output_dir {out}/{run} """
+# as smollm2.py trains its actor, which is the other curve
 SMOLLM2 = """train_actor.py --model_name_or_path {models}/text_actor --train_file {models}/told.json --task_turn 2
     --hidden_data {models}/messages --global_batch_size 12 --per_device_train_batch_size 4 --adam_beta2 0.95
     --warmup_ratio 0.1 --curriculum 0 --plan_similarity_weight 0 --random_contrast_weight 0 --eval_ratio 0.04
@@ -40,11 +41,9 @@ RUNS = {  # name of the curve: (world, flags)
     "pieces, warmed up": (HOUSEHOLD, "--learning_rate 1e-3 --adapter_learning_rate 3e-4 "
                           "--adapter_warmup_steps 200"),
     "SmolLM2": (SMOLLM2, "--learning_rate 1e-4 --adapter_learning_rate 2e-3"),
-    "SmolLM2, warmed up": (SMOLLM2, "--learning_rate 3e-5 --adapter_learning_rate 1e-4 "
-                           "--adapter_warmup_steps 400"),
 }
 # how many, and every how many the loss is taken
-STEPS = {"household": (140, 10), "pieces": (140, 10), "SmolLM2": (20, 4)}
+STEPS = {"household": (140, 10), "pieces": (140, 10), "SmolLM2": (10, 5)}
 
 
 def curve(folder):
@@ -95,7 +94,11 @@ def main(argv=None):
         stage(out, name, command + flags, models=folders[world], messages=messages, run=run, steps=steps,
               every=every, bf16=settings.get("bf16", "auto"))
         curves[name] = curve(f"{out}/{run}")
-        print(f"{name}: " + ", ".join(f"{loss:.4f} ({step})" for step, loss in curves[name]))
+    if args.smollm2:  # step 0: the warm-up alone, over the text actor
+        fitted = read_json(f"{args.smollm2}/warm_actor/trainer_state.json")["best_eval_loss"]
+        curves["SmolLM2, warmed up"] = [[0, fitted]] + curve(f"{args.smollm2}/actor")
+    for name, points in curves.items():
+        print(f"{name}: " + ", ".join(f"{loss:.4f} ({step})" for step, loss in points))
     write_json(f"{out}/warmup.json", made_by() | {"curves": curves, "seconds": read_json(f"{out}/seconds.json")})
     plot(curves, f"{out}/warmup.png")
     print(f"wrote {out}/warmup.json and {out}/warmup.png")
