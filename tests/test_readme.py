@@ -154,10 +154,8 @@ def test_figures_are_those_of_the_files():
     expected.append("{} in the household, {} on ALFWorld's seen games".format(*pairings))
     counts = [count for of_seed in games["obeyed"].values() for count in of_seed.values()]
     expected.append("in {} of {} games it first goes where that message says".format(*map(sum, zip(*counts))))
-    wins = [smollm2["valid_seen"][row] for row in ("latent", "text")]
-    expected.append(f"SmolLM2 wins {wins[0][0]} of {wins[0][1]} seen games by latents, {wins[1][0]} by text")
-    wins = [smollm2["valid_unseen"][row] for row in ("latent", "text")]
-    expected[-1] += f", and {wins[0][0]} and {wins[1][0]} of {wins[0][1]} unseen"
+    wins = [smollm2[f"valid_{split}"][row][0] for split in ("seen", "unseen") for row in ("latent", "text")]
+    expected.append("{} of 140 seen games by latents, {} by text, and {} and {} of 134 unseen".format(*wins))
     latent, words = (unsure["table"][row]["wrong"][0] for row in ("latent", "text"))
     expected.append(f"wins {latent:.3f}".replace("0.", ".") + " of the tasks, one trained on the texts "
                     + f"{words:.3f}".replace("0.", "."))
