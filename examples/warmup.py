@@ -54,7 +54,7 @@ def curve(folder):
 
 def plot(curves, path):
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(11, 4), layout="constrained")
     worlds = [world for world in STEPS if world in curves]
     for n, world in enumerate(worlds):
         axes = figure.add_subplot(1, len(worlds), n + 1)
