@@ -4,7 +4,7 @@ sender with the actor's words, for one that writes in pieces of three letters, a
 
   python examples/household.py                          # leaves the models and messages in household_out
   python examples/warmup.py                             # three minutes on two cores
-  python examples/warmup.py --smollm2 smollm2_out       # and beside what examples/smollm2.py left: 20 minutes more
+  python examples/warmup.py --smollm2 smollm2_out       # beside what smollm2.py left: 10 minutes more
 
 Without a warm-up the adapter has to find the map from states to embeddings through the whole LM. With
 it, the adapter alone learns first to give the plan's words (model.py, 4), and the LM starts from messages
