@@ -29,9 +29,9 @@ keep alfworld_out/actor_knows/actor_knows.png actor_knows.png
 
 python examples/smollm2.py --model "$SMOLLM" --bf16 true          # 5 hours
 keep smollm2_out/smollm2.json smollm2.json
-python examples/warmup.py --smollm2 smollm2_out                   # 25 minutes
+python examples/warmup.py --smollm2 smollm2_out                   # 15 minutes
 keep warmup_out/warmup.json warmup.json && keep warmup_out/warmup.png warmup.png
-python examples/alignments.py                                     # 2 hours
+python examples/alignments.py                                     # 3 hours
 keep alignments_out/alignments.json alignments.json && keep alignments_out/alignments.png alignments.png
 
 OMP_NUM_THREADS=2 python examples/bench.py all --json assets/performance.json   # 20 minutes, on an idle machine

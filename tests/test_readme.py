@@ -154,8 +154,9 @@ def test_figures_are_those_of_the_files():
     expected.append("{} in the household, {} on ALFWorld's seen games".format(*pairings))
     counts = [count for of_seed in games["obeyed"].values() for count in of_seed.values()]
     expected.append("in {} of {} games it first goes where that message says".format(*map(sum, zip(*counts))))
-    wins = [smollm2[f"valid_{split}"][row][0] for split in ("seen", "unseen") for row in ("latent", "text")]
-    expected.append("{} of 140 seen games by latents, {} by text, and {} and {} of 134 unseen".format(*wins))
+    seen, unseen = smollm2["valid_seen"], smollm2["valid_unseen"]
+    expected.append("SmolLM2 wins {} of {} seen games by latents, {} by text, and {} and {} of {} unseen".format(
+        *seen["latent"], seen["text"][0], unseen["latent"][0], *unseen["text"]))
     latent, words = (unsure["table"][row]["wrong"][0] for row in ("latent", "text"))
     expected.append(f"wins {latent:.3f}".replace("0.", ".") + " of the tasks, one trained on the texts "
                     + f"{words:.3f}".replace("0.", "."))
