@@ -49,14 +49,13 @@ def get_args(argv):
                "directory, a hub id")
         p.flag("--env", None, "instead of --dataset_path: games, as in eval_alfworld.py")
         p.flag("--output_dir", ..., "where the shards go; an existing directory is continued")
-        # a tuple of names: the first that a file has
         p.flag("--id_field", ID_FIELDS, "the task's id; default: unique_id, id, idx or a hash of its text")
         p.flag("--task_field", task_field, "the task's text; default: %(default)s, else conversations are read")
         p.flag("--task_turn --conversations_index", turn, "of conversations: the turn of the task", type=int)
         p.flag("--response_field", response_field, "the reference reply: also writes train.json for "
                "train_actor.py; '': none; default: %(default)s")
         p.flag("--answer_field", ANSWER_FIELDS if response_field else "", "the bare answer, boxed in train.json "
-               "where the reply has no box; '': none; default: %(default)s")
+               "where it is the whole reply; '': none; default: %(default)s")
         p.flag("--plan_field", None, "the plan, where another has written it: the sender only reads it")
         p.flag("--question_template", question, "the actor's question in train.json", type=task_template)
         p.flag("--split", "train", "of a directory, a hub dataset or a game")
@@ -70,7 +69,7 @@ def get_args(argv):
         p.flag("--chat_template", "auto", "auto: the tokenizer's own; none: the bare prompt", choices=["auto", "none"])
         p.flag("--chat_template_kwargs", None, "JSON for the chat template; default: "
                """'{"enable_thinking": false}'""", type=json_object)
-        p.flag("--send", "last", "last states, layer:N, expected embeddings, or what module:function makes")
+        p.flag("--send", "last", "last states, layer:N, expected embeddings, what module:function makes")
         p.flag("--torch_dtype", "bf16", "of the model, and of the stored states", choices=DTYPES)
         p.flag("--trust_remote_code", False, "run code that the model ships")
         p.flag("--self_check", True, "refuse a model whose states or logits would be wrong here")
@@ -184,7 +183,8 @@ def decode_plans(lm, prompts, seeds, eos_ids, *, max_new_tokens, do_sample=False
         return next_tokens(logits)  # (b,)
 
     send, all_layers = load_send(send)
-    embeds, limits = lm.get_input_embeddings()(input_ids), [max_new_tokens] * len(prompts)
+    embeds = lm.get_input_embeddings()(input_ids)
+    limits = [max_new_tokens] * len(prompts)
     plans = decode(lm, embeds, attention_mask, limits, eos_ids, choose,
                    lambda hidden_states, logits: send(lm, hidden_states, logits), all_layers)
     return [(plan["ids"], torch.stack(plan["kept"]).to(lm.dtype), plan["ms"]) for plan in plans]
@@ -221,7 +221,8 @@ def think(sender, prompts, steps):
 def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, default_template=PLAN_PROMPT,
             chat_template="auto", chat_template_kwargs=None, torch_dtype="bf16", latent_steps=None, c=None, seed=0,
             batch_size=16, shard_size_mb=512, trust_remote_code=False, self_check=True, max_new_tokens=512,
-            do_sample=False, temperature=1.0, top_p=1.0, top_k=0, send="last", plan_field=None, stop_signals=()):
+            do_sample=False, temperature=1.0, top_p=1.0, top_k=0, send="last", plan_field=None, env=None, split=None,
+            stop_signals=()):
     """Have the sender say something about each task that has no message in output_dir yet.
 
     tasks: those of this rank, [{"id", "task", "type"?, "level"?}], with plan_field also "plan"; the rest as the
@@ -230,7 +231,9 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     if latent_steps and (send != "last" or plan_field):
         raise UserError("--latent_steps sends the states of its steps: leave out --send and --plan_field")
     rank, world, device = this_rank()
-    done = LatentShards(output_dir)  # empty where there is no directory
+    # each rank has a lock: else rank 1 of a second run, whose rank 0 is refused, would write what it has
+    lock(output_dir if rank == 0 else os.path.join(output_dir, f".rank{rank}"))
+    done = LatentShards(output_dir)
 
     # ---- prompts: what the flag says, else what a student was asked in training, else the preset
     bridge = read_bridge(model_name_or_path) if latent_steps else {}
@@ -241,12 +244,11 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
     if not tokenizer.chat_template:
         chat_template = "none"  # a base model has none: it continues the bare prompt
     prompts = {task["id"]: sender_prompt(tokenizer, template, task, chat_template) for task in tasks}
-    lengths = {}  # of the plans that are given and so are read like prompts
+    plans = {}  # that are given and so are read like prompts
     for task in tasks if plan_field else []:
         with naming(f"id {task['id']}"):
-            plan = read_plan(task, {}, tokenizer)
-        prompts[task["id"]] += plan
-        lengths[task["id"]] = len(plan)
+            plans[task["id"]] = read_plan(task, {}, tokenizer)
+        prompts[task["id"]] += plans[task["id"]]
     config = load_config(model_name_or_path, trust_remote_code)
     load_send(send, config.num_hidden_layers)  # an unknown one is an error now
     steps = 0 if plan_field else latent_steps or max_new_tokens
@@ -266,6 +268,7 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         "prompt_fingerprint": f"{seed_for(*some_prompt):016x}",  # an edited template or tokenizer has another
         "latent_steps": latent_steps,
         "plan_field": plan_field,
+        "games": env and f"{env} {split}",  # others may have the same ids
         "teacher": bridge.get("teacher"),  # the fingerprint of the actor over which a student was trained
         "seed": seed,
         "c": c,
@@ -273,10 +276,12 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         "format_version": SHARD_FORMAT,
     }
     for task in tasks:
-        asked = done.records[task["id"]]["task"] if task["id"] in done else task["task"]
-        if asked != task["task"]:
-            raise UserError(f"{output_dir} has a message of id {task['id']} for another text: give a new "
-                            "--output_dir")
+        kept = done.records.get(task["id"], task)
+        same = kept["task"] == task["task"]
+        if plan_field and task["id"] in done:
+            same &= kept["plan_token_ids"] == plans[task["id"]]
+        if not same:
+            raise UserError(f"{output_dir} has a message of id {task['id']} for another text: give a new --output_dir")
     differ = [key for key in sender if len(done) and done.sender.get(key) != sender[key]]
     if differ:
         raise UserError(f"{output_dir} holds messages of another sender or other settings (different: "
@@ -293,9 +298,6 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         print(f"{len(tasks)} tasks{whose}, {len(pending)} of them not yet in {output_dir}")
     if not pending:
         return
-    # each rank has a lock: else rank 1 of a second run, whose rank 0 is refused, would write what it has
-    mine = output_dir if rank == 0 else os.path.join(output_dir, f".rank{rank}")
-    lock(mine)
     loading = (model_name_or_path, torch_dtype, device, trust_remote_code, self_check)
     model = LatentSender.load(*loading) if latent_steps else load_lm(*loading)
     eos_ids = stop_ids(tokenizer, None if latent_steps else model)
@@ -309,7 +311,7 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         if latent_steps:
             said = think(model, batch_prompts, latent_steps)
         elif plan_field:
-            said = read_plans(model, batch_prompts, [lengths[task["id"]] for task in batch], send)
+            said = read_plans(model, batch_prompts, [len(plans[task["id"]]) for task in batch], send)
         else:
             seeds = [seed_for(seed, task["id"]) for task in batch]
             said = decode_plans(model, batch_prompts, seeds, eos_ids, **decoding)

@@ -226,7 +226,7 @@ def fingerprint(path):
     digest = hashlib.sha256()
     for name in sorted(glob.glob("**", root_dir=path, recursive=True)) or [""]:  # "": path is a file
         file_path = os.path.join(path, name) if name else path
-        if not os.path.isfile(file_path) or ".tmp" in name or name.endswith((".csv", ".png")):
+        if not os.path.isfile(file_path) or re.search(r"^checkpoint-|\.tmp|\.(csv|png)$", name):
             continue
         size = os.path.getsize(file_path)
         digest.update(f"{name} {size}".encode())
@@ -247,9 +247,10 @@ def fingerprint(path):
 def changed_settings(before, now):
     """What makes a run another one, in words. now: {flag: value, "contents": {flag: fingerprint of what is at that
     path}}; before: the same of an earlier run."""
-    names = [f"--{name}" for name in now if name != "contents" and before.get(name) != now[name]]
-    contents = before.get("contents", {})
-    names += [f"file or folder at --{name}" for name, value in now["contents"].items() if contents.get(name) != value]
+    old, new = before.get("contents", {}), now["contents"]
+    moved = [name for name in new if new[name] and all(new[name]) and old.get(name) == new[name]]
+    names = [f"--{name}" for name in now if name not in ("contents", *moved) and before.get(name) != now[name]]
+    names += [f"file or folder at --{name}" for name in new if old.get(name) != new[name]]
     return ", ".join(names)
 
 

@@ -92,7 +92,7 @@ def student_prompts(data, tokenizer, template, steps, max_length, max_actor_leng
     prompts = []
     for sample_id, task, (before, after, _) in zip(data.ids, data.tasks, data.encoded):
         where = f"{data.path}: id {sample_id}"
-        turn = {"role": "user", "content": template.replace("{task}", task)}
+        turn = {"role": "user", "content": template.replace("{task}", task).strip()}
         part = encode_prompt(tokenizer, [turn], where=where)
         prompts.append(part["before"] + part["after"])  # no message stands between them
         # the data message was checked by Conversations, but K may be larger
@@ -183,8 +183,7 @@ def main(argv=None):
     cuda = device_type == "cuda"
     bf16 = cuda if args.bf16 == "auto" else args.bf16 == "true"
     autocast = functools.partial(torch.autocast, device_type, torch.bfloat16, enabled=bf16)
-    student = LatentSender.load(source, "fp32", "cpu", args.trust_remote_code,
-                                check=args.self_check)
+    student = LatentSender.load(source, "fp32", "cpu", args.trust_remote_code, check=args.self_check)
     head = student.lm.get_output_embeddings()
     if head.weight is not student.lm.get_input_embeddings().weight:
         head.requires_grad_(False)  # a student that never writes has no use for its head
@@ -215,7 +214,6 @@ def main(argv=None):
         if world > 1:  # buckets are the gradients themselves: a copy would cost 4 more bytes per parameter
             model = DistributedDataParallel(learner, gradient_as_bucket_view=True)
 
-    # optimizer: no weight decay on vectors
     parameters = [p for p in student.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() == 1]
@@ -223,7 +221,7 @@ def main(argv=None):
               {"params": vectors, "peak": args.learning_rate, "weight_decay": 0.0}]
     # fused: one kernel, without temporaries as large as the parameters
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=cuda or None)
-    if run.checkpoint:
+    if state["step"]:
         run.load_optimizer(learner, optimizer)
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -238,7 +236,7 @@ def main(argv=None):
             print("first sample: " + show_sample(teacher_tokenizer, data.sample(train_indices[0], "latent")))
 
     def eval_loss(chosen):
-        """Summed CE of held-out samples, always with the whole message as latents."""
+        """Summed CE of held-out samples, with the student's K latents as message."""
         with autocast():
             latents = student(*left_pad([eval_prompts[n] for n in chosen], device), args.K)  # (B, K, d_s)
             return actor(student_batch(eval_data, chosen, latents))["task"]
@@ -299,6 +297,7 @@ def main(argv=None):
         check_finite(done, loss, grad_norm, [data.ids[n] for _, n in drawn])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - clock
         # ----------------------------------------------------------------------------------------
 
         # evaluate
@@ -312,7 +311,6 @@ def main(argv=None):
             is_best = run.note_eval(record["eval_loss"], args.early_stopping_patience)
 
         # log
-        seconds = time.perf_counter() - clock
         record["tokens_per_s"] = round(seen_tokens * world / seconds)
         record["memory_gb"] = round(memory_gb(device), 2)
         if rank == 0:

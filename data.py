@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import functools
 import glob
-import importlib
 import itertools
 import math
 import os
@@ -63,7 +62,7 @@ def read_turns(record):
     given = record.get("conversations", record.get("messages"))
     if not isinstance(given, list) or not given:
         raise UserError("no 'conversations', a non-empty list of {'from', 'value'} turns, and no task in a "
-                        f"field of its own (--task_field), found {str(record)[:80]}")
+                        f"field of its own (collect.py --task_field), found {str(record)[:80]}")
     turns = [read_turn(turn) for turn in given]
     dropped = {name for fields in (record, *given) for name in DROPPED if fields.get(name)}
     if dropped:
@@ -354,14 +353,6 @@ def plan_ids_for(tokenizer, plan, plan_token_ids):
 
 
 # ---- 2. Tasks ------------------------------------------------------------------------------------
-def optional(name):
-    """Import a library that only other people's files need. Raises UserError with the pip command."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"this needs {name}: pip install {name}") from None
-
-
 def read_math_directory(path, split):
     """MATH's own directory, split/subject/N.json; ids are split/subject/N, whatever is read of it."""
     # by number, then subject, so that the first N are a mix of subjects
@@ -386,8 +377,8 @@ def read_dataset(path, split):
     is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.parquet)", path)
     if not os.path.exists(path) and not is_name:
         raise UserError(f"no file or directory {path}")
-    datasets = optional("datasets")
     try:
+        import datasets  # only other people's files need it
         if on_disk:
             data = datasets.load_from_disk(path)
             return (data[split] if isinstance(data, dict) else data).to_list()
@@ -397,6 +388,8 @@ def read_dataset(path, split):
         names = datasets.get_dataset_config_names(path)
         names = [name for name in ("default", "all", "main") if name in names][:1] or names
         return [record for name in names for record in datasets.load_dataset(path, name, split=split)]
+    except ImportError:
+        raise UserError("this needs datasets: pip install datasets") from None
     except Exception as error:  # the errors of datasets and of the hub have no class in common
         raise UserError(f"{path} is not a JSON or Parquet file, a save_to_disk folder or a hub dataset with a "
                         f"split {split}: {first_line(error)}") from None
@@ -435,14 +428,15 @@ def task_texts(records, task_turn, field=""):
             if not is_text(text) or not text.strip():
                 raise UserError("the task is empty or not a text")
             texts.append(text.strip())
+    if not field and task_turn == 0:
+        check_openings(records)
     return texts
 
 
 def record_ids(records, id_field, texts):
-    """The ids of records: those of their field or, if id_field is "", a short hash of each task's text, so
-    that a filtered or sorted file finds its own messages or none. Equal texts are numbered: b2f4, b2f4-1.
-    Raises UserError for ids that are no unique texts, and where records of equal texts differ: nothing would
-    tell whose message is whose."""
+    """The ids of records: those of their field or, if id_field is "", a hash of each task's text, so that a sorted
+    file finds its own messages or none. Equal texts are numbered: b2f4, b2f4-1. Raises UserError for ids that are no
+    unique texts, and where records of equal texts differ: nothing would tell whose message is whose."""
     ids, earlier = {}, collections.defaultdict(list)  # records by text
     for record, text in zip(records, texts):
         if id_field:
@@ -515,7 +509,9 @@ def load_tasks(path, id_field=ID_FIELDS, task_field=TASK_FIELDS, response_field=
                 task["plan"] = record[plan_field]
             labels = {"type": record.get("type", record.get("subject")), "level": record.get("level")}
             tasks.append(task | {name: label for name, label in labels.items() if label is not None})
-        return (of_subjects(tasks, subjects) if subjects else tasks)[:max_samples]
+        if subjects:
+            tasks = of_subjects(tasks, subjects)
+        return tasks[:max_samples]
 
 
 # ---- 3. Training samples -------------------------------------------------------------------------
@@ -530,8 +526,6 @@ class Conversations:
         records = read_records(path)
         with naming(path):
             texts = task_texts(records, task_turn)
-            if task_turn == 0:
-                check_openings(records)
             self.ids = record_ids(records, find_field(records, ID_FIELDS, "give each an 'id'"), texts)
             # turn 0 of --task_turn opens every game: the actor keeps it
             self.instruction = task_texts(records[:1], 0)[0] if task_turn else None
@@ -546,7 +540,7 @@ class Conversations:
             with naming(f"{path}: id {self.ids[n]}"):
                 stored = said.get(self.ids[n], {})
                 if kind == "latent" and not stored:
-                    raise UserError("no message in --hidden_data: run collect.py on it, or remove the record")
+                    raise UserError("no message of this id in --hidden_data: run collect.py on this very record")
                 turns = to_turns(record, task_turn)
                 with_message = announcement if kind != "none" else None
                 before, after, labels = encode_conversation(tokenizer, turns, with_message)
@@ -604,8 +598,8 @@ def check_openings(records):
 
 
 def read_plan(record, stored, tokenizer):
-    """Ids of a sample's plan: of the text in its record, or of what the sender wrote. Raises UserError."""
-    plan = record.get("plan") or stored.get("plan", "")
+    """Ids of a sample's plan: of what the sender wrote or, without a message, of its record's. Raises UserError."""
+    plan = stored.get("plan") or record.get("plan") or ""
     if not is_text(plan):
         raise UserError(f"its plan is not a text, found {str(plan)[:80]!r}")
     ids = plan_ids_for(tokenizer, plan, stored.get("plan_token_ids"))

@@ -61,7 +61,7 @@ def get_args(argv):
     parser.group("output")
     flag("--output_path", ..., "a directory; one that exists is continued")
     args = parser.parse_args(argv)
-    alike = [name for name in args.variants if name not in (*PERTURBATIONS, "cross_task")]
+    alike = [name for name in (*args.variants, *args.messages) if name not in (*PERTURBATIONS, "cross_task")]
     if args.runs > 1 and args.temperature <= 0 and alike:
         parser.error(f"--runs {args.runs} at --temperature 0 plays {', '.join(alike)} alike in every run: leave "
                      "--runs 1, or give a --temperature above 0")
@@ -100,10 +100,8 @@ class CachedChat:
 
     def reply(self, logits, is_over, max_new_tokens, temperature=0.0, uniforms=None):
         """Decode until is_over(ids) of each conversation -> B lists of ids, {b: its last id is unread}.
-        uniforms: (B, max_new_tokens), what draws the tokens at a temperature.
-
-        The token that ends a reply is no part of it, so all of the reply has been read into the cache. Only
-        one that was cut at max_new_tokens ends with an id that was not; the next block begins with it."""
+        uniforms (B, max_new_tokens) draw the tokens at a temperature. The token that ends a reply is no part of
+        it, so all of the reply has been read; only one that was cut ends with an id that was not."""
         replies = [[] for _ in logits]
         talking = set(range(len(logits)))
         for step in range(max_new_tokens):
@@ -205,6 +203,9 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
         uniforms = torch.stack([uniform_numbers(number, max_new_tokens) for number in seeds]).to(actor.lm.device)
         clock = time.perf_counter()
         logits = chat.read(actor.embed(batch), batch["attention_mask"])  # (B, V)
+        if not (logits < torch.inf).all():  # NaN is not; -inf may mask spare tokens
+            raise UserError("the actor's logits are not finite: use --torch_dtype bf16 or fp32, and another "
+                            "--output_path")
         replies, unread = chat.reply(logits, is_over, max_new_tokens, temperature, uniforms)
         actor_ms = 1000 * (time.perf_counter() - clock) / len(playing)
 
@@ -230,7 +231,8 @@ def play(actor, jobs, tasks, rows, workers, *, game, split="", instruction="", s
                 record["wall_ms"] = 1000 * (time.perf_counter() - start)
                 yield record
                 continue
-            chats[slot] += [{"role": "assistant", "content": texts[slot]},
+            # Mistral's newer templates refuse an empty turn; in the past it is not read again
+            chats[slot] += [{"role": "assistant", "content": texts[slot] or "."},
                             {"role": "user", "content": observation.strip()}]
             block = next_block(tokenizer, chats[slot], replies[b], b in unread, stops, record["id"])
             samples[slot] = build_sample([], block, [-100] * len(block))
@@ -295,11 +297,6 @@ def episode_path(output_path, label, run, task_id):
     return os.path.join(output_path, "episodes", label, f"run{run}", name + ".json")
 
 
-def is_played(path):
-    """True for the file of an episode that did not crash."""
-    return os.path.exists(path) and read_json(path)["crash"] is None
-
-
 @one_line_errors("eval_alfworld.py")
 def main(argv=None):
     args = get_args(argv)
@@ -312,7 +309,7 @@ def main(argv=None):
     others = named_messages(args.messages)
     messages = {"": open_shards(args.hidden_data)} if args.hidden_data else {}
     actors = actors_of_variants(args.variants, args.model_path, args.baseline_path, args.trust_remote_code)
-    but = ["num_episodes", "runs", "env_workers", "env_timeout"]
+    but = ["runs", "env_workers", "env_timeout", "" if args.sender else "num_episodes"]  # cross_task's partners
     settings = check_settings("output_path", vars(args), but)
 
     # ---- messages of a sender that is asked now
@@ -346,7 +343,13 @@ def main(argv=None):
         for run in range(args.runs):
             for n, task in enumerate(tasks):
                 paths[Job(label, run, n)] = episode_path(args.output_path, label, run, task["id"])
-    jobs = [job for job, path in paths.items() if job.n % world == rank and not is_played(path)]
+    played = set()
+    for job, path in paths.items():
+        if os.path.exists(path) and read_json(path)["crash"] is None:
+            played.add(job)
+    jobs = [job for job in paths if job.n % world == rank and job not in played]
+    if rank == 0:
+        print(f"{len(paths)} episodes, {len(played)} of them in {args.output_path}, by the code of then")
     num_workers = args.env_workers
     if num_workers is None:
         num_workers = min(spare_cores(), args.batch_size) if issubclass(game, AlfworldGame) else 0
@@ -399,6 +402,8 @@ def main(argv=None):
                   "success (95 % interval: bootstrap over games)", args.split)
     print("interval: bootstrap over games, whose runs are averaged; of differences: paired, over the same games")
     crashes = [record["crash"] for record in records if record["crash"] is not None]
+    if crashes:
+        print(f"{len(crashes)} episodes crashed, and count as lost until this is run again: {crashes[0]}")
     if len(crashes) == len(records):
         raise UserError(f"--env {args.env}: all {len(records)} episodes crashed, the first: {crashes[0]}")
     print(f"\nwrote summary.json, results.csv, results.png, {len(records)} episodes to {args.output_path}")

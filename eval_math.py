@@ -132,8 +132,7 @@ def answer_jobs(actor, jobs, tasks, rows, grader, *, question_template=MATH_QUES
         limits.append(min(max_length, context - length))
         answers.append({
             "variant": job.label, "id": task["id"], "sample": job.run, "level": task["level"],
-            "subject": task["subject"], "question": question, "reference_answer": task["reference"], **told,
-        })
+            "subject": task["subject"], "question": question, "reference_answer": task["reference"], **told})
     batch = collate(samples, lm.device, padding_side="left")
     replies = decode(lm, actor.embed(batch), batch["attention_mask"], limits, stop_ids(tokenizer, lm),
                      chooser(jobs, tasks, temperature, seed, max_length))
@@ -221,9 +220,8 @@ TABLE = {  # heading: figure and format
 
 
 # ---- 3. Graders: correct(answer or None, reference) -> bool --------------------------------------
-# MATH's published rules (math_equivalence.py of hendrycks/math): two answers are the same if these steps,
-# in this order, spell them the same. No arithmetic, no order, no 1,000 for 1000. Quirks are theirs:
-# \sqrt 3 is not \sqrt3.
+# MATH's published rules (math_equivalence.py of hendrycks/math): two answers are the same if these steps, in this
+# order, spell them the same. No arithmetic, no order, no 1,000 for 1000. Quirks are theirs: \sqrt 3 is not \sqrt3.
 RULES = [
     (r"\n|\\!", ""),
     (r"\\\\", r"\\"),  # \\frac, of a model that was trained on JSON
@@ -345,6 +343,10 @@ def main(argv=None):
         messages |= collect_messages(tasks[rank::world], args.model_path, args.output_dir,
                                      default_template=MATH_PROMPT, **options)
     rows = table_rows(args.variants, actors, tasks, messages, others, args.keep_ratio)
+    said = messages[""].records if args.hidden_data else {}
+    n = sum(said.get(task["id"], task)["task"] != task["task"] for task in tasks)
+    if n and rank == 0:
+        print(f"{n} of {len(tasks)} messages in {args.hidden_data} are about other texts of the same ids")
     parts = os.path.join(args.output_dir, "parts")
     os.makedirs(parts, exist_ok=True)
     if rank == 0:

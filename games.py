@@ -7,8 +7,8 @@ A game is any class with these methods; success is info["won"], never done:
     step(action) -> (observation, reward, done, info)
 
 and, if it wants, sender_text(task) -> what its sender is asked, if that is not task["task"];
-parse_action(reply) -> action; cut_reply(reply) -> what the conversation keeps of a reply; `instruction`, which
-opens the first turn unless the actor was trained with another one.
+parse_action(reply) -> action; cut_reply(reply) -> what the conversation keeps of a reply, which ends at the first
+line end behind which it cuts; `instruction`, which opens the first turn unless the actor was trained with another.
 """
 import contextlib
 import copy
@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from concurrent import futures
 
 from common import UserError, load_object, progress, read_json, seed_for, write_json
@@ -209,7 +210,8 @@ def ask(games, make_game, slot, method, argument):
             answer.strip()
     except (Exception, SystemExit) as error:  # SystemExit: how ALFWorld's planner gives up
         games.pop(slot, None)
-        answer = Crash(" ".join(f"{type(error).__name__}: {error}".split()))  # on one line
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        answer = Crash(" ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split()))
     return answer, 1000 * (time.perf_counter() - start)
 
 
@@ -324,15 +326,18 @@ def in_workers(game, method, tasks, desc, rank=0):
 def sender_tasks(game, tasks, known=(), path=None, rank=0, method="sender_text"):
     """What the sender of each task is asked -> [{"id", "task", "type"?}]; with method "reset" what the actor is told.
 
-    That is task["task"] where a game has no such method, or crashes, which the evaluation will report. known:
-    {id: {"task"}} of messages that exist, whose games are not started; path: a .json that outlives a kill."""
+    That is task["task"] where a game has no such method. Raises UserError where it crashes. known: {id: {"task"}} of
+    messages that exist, whose games are not started; path: a .json that outlives a kill."""
     texts = {task["id"]: task["task"] for task in tasks}
     if hasattr(game, method):
         name = f"{game.__module__}:{game.__qualname__}"  # another game has other texts for the same ids
         kept = read_json(path).get(name, {}) if path and os.path.exists(path) else {}
         pending = [task for task in tasks if task["id"] not in known and task["id"] not in kept]
         for answers in in_workers(game, method, pending, "sender's tasks", rank):
-            kept |= {task["id"]: answer for task, answer in answers if not isinstance(answer, Crash)}
+            for task, answer in answers:
+                if isinstance(answer, Crash):
+                    raise UserError(f"{name}.{method} of id {task['id']}: {answer}")
+                kept[task["id"]] = answer
             if path:
                 write_json(path, {name: kept})
         texts |= kept | {task_id: known[task_id]["task"] for task_id in known}

@@ -169,7 +169,7 @@ def decoder_layers(lm):
 
 
 def new_cache(lm):
-    """The family's empty cache: windows, recurrent states. `cache.reorder_cache(index)` keeps some samples."""
+    """The family's empty cache: windows, recurrent states. `cache.reorder_cache(index)` keeps samples."""
     cache = DynamicCache(config=lm.config)
     for layer in cache.layers:
         if hasattr(layer, "update_recurrent_state"):
@@ -330,11 +330,10 @@ def uniform_numbers(seed, steps):
 @torch.inference_mode()
 def decode(lm, inputs_embeds, attention_mask, limits, stops, choose, keep=None, all_layers=False):
     """Write on from B prompts, padded on the left -> [{"ids", "kept", "ms", "cut"}], one for each.
-    inputs_embeds (B, T, D), attention_mask (B, T). limits: most new tokens of each prompt; one that reaches
-    its own is "cut". stops: ids that end a text and are no part of it. choose(logits (b, V), active, step)
-    -> next ids (b,), where `active` are the b of B prompts still at it; keep(hidden_states, logits) -> (b, d):
-    what is kept, on the CPU, of the state that predicts each token. hidden_states: a tuple of (b, D), as in
-    `layer_states`. Prompt [a b c], text [y1 y2]:
+    inputs_embeds (B, T, D), attention_mask (B, T). limits: most new tokens of each; a text of so many is "cut".
+    stops: ids that end a text, no part of it. choose(logits (b, V), active, step) -> next ids (b,), `active` the
+    b of B prompts still at it; keep(hidden_states, logits) -> (b, d): what is kept, on the CPU, of the state that
+    predicts each token; hidden_states as in `layer_states`, of (b, D). Prompt [a b c], text [y1 y2]:
 
         read       a   b   c   y1  y2
         state              h1  h2  h3

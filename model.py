@@ -28,8 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError, atomic_path, fingerprint, load_object, read_json, write_json
-from hf import (DTYPES, decoder_states, embedding_rms, lm_logits, load_lm, load_tokenizer, new_cache,
-                word_embeddings)
+from hf import decoder_states, embedding_rms, lm_logits, load_lm, load_tokenizer, new_cache, word_embeddings
 
 BOP, EOP = "<bop>", "<eop>"  # begin / end of plan: what stands between them is the message
 LATENT = -1  # in a sample's ids: a place that a latent takes
@@ -41,8 +40,7 @@ HEADER_LIMIT = 2**26  # bytes of a shard's header: above 100 MB no library opens
 
 
 class AdaptiveProjection(nn.Module):
-    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned scalars. (B, L, D) ->
-    (B, L, D)."""
+    """out = g * (r + Linear(LayerNorm(GELU(Linear(r))))), r = s * o; s, g learned. (B, L, D) -> (B, L, D)."""
 
     def __init__(self, dim, scale=0.2, output_scale=0.1):
         super().__init__()
@@ -140,8 +138,7 @@ def collate(samples, device="cpu", padding_side="right"):
         keep_mask       0  0  1  1  1                 of these, what is inserted
                         1  1  0  0  0
 
-    labels (B, T) are -100 where there is nothing to learn. The last three are there if some sample has
-    latents."""
+    labels (B, T) are -100 where there is nothing to learn. The last three are there if a sample has latents."""
     batch = {"input_ids": [], "attention_mask": [], "labels": []}
     for sample in samples:
         batch["input_ids"].append(torch.tensor(sample["input_ids"]))
@@ -167,8 +164,7 @@ def collate(samples, device="cpu", padding_side="right"):
 
 # ---- 3. Losses, per supervised position, in nats -------------------------------------------------
 def supervised(hidden_states, labels):
-    """The states that predict a label: token t is predicted from position t - 1, in CE and in the
-    auxiliary losses.
+    """The states that predict a label: token t from position t - 1, in CE and in the auxiliary losses.
 
     (B, T, D), (B, T) -> (N, D), (N,). The released code forgets this shift in the auxiliary losses."""
     next_labels = labels[:, 1:]  # (B, T - 1)
@@ -192,9 +188,8 @@ def js_divergence(log_p, log_q):
 def plan_similarity(log_p_plan, log_p, beta=0.7, alpha=0.3):
     """L_align = beta KL(p_P || p_H) + alpha (1 - cos(p_P, p_H)) and its parts: a dict of (n,).
 
-    KL's direction is the released code's (the paper writes it reversed); the cosine is of
-    probabilities, per position (the paper: of normalised logits; released: flattened over all
-    tokens)."""
+    KL's direction is the released code's (the paper writes it reversed); the cosine is of probabilities, per
+    position (the paper: of normalised logits; released: flattened over all tokens)."""
     kl = kl_divergence(log_p_plan, log_p)
     cosine_distance = 1 - F.cosine_similarity(log_p_plan.exp(), log_p.exp(), dim=-1)
     return {"align": beta * kl + alpha * cosine_distance, "kl": kl, "cosine_distance": cosine_distance}
@@ -220,10 +215,9 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
     """Sum over N positions of the terms that loss_fn gives for their logits -> {name: scalar}.
 
     hidden_states: {name: (N, D)}, targets: {"labels": (N,), name: (N, ...)}; loss_fn gets the same dicts for n
-    positions at a time, with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a
-    chunk's logits are made again in the backward pass, one more product with the head. Each chunk adds
-    to the whole head's gradient, so small chunks are slow, and large ones wait for memory: 2^22 logits
-    were fastest on two CPU cores."""
+    positions at a time, with logits (n, V), fp32, in place of states. No (N, V) is ever in memory: a chunk's logits
+    are made again in the backward pass, one more product with the head. Each chunk adds to the whole head's gradient,
+    so small chunks are slow, and large ones wait for memory: 2^22 logits were fastest on two CPU cores."""
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     n = max(1, chunk_logits // vocabulary)
 
@@ -247,8 +241,7 @@ def head_loss(lm, hidden_states, loss_fn, targets, chunk_logits=2**22):
 
 # ---- 4. Actor: LM + adapter ----------------------------------------------------------------------
 class LatentActor(nn.Module):
-    """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the text and no-message
-    baselines.
+    """The receiver. `lm` is any Hugging Face causal LM; `adapter` is None for the baselines of text and no message.
 
     `info` is what latent_adapter.json holds: {"kind", "plan_announcement", "sender": settings of the
     messages that it learned, "adapter": {"class", "arguments"}, ...}."""
@@ -277,8 +270,7 @@ class LatentActor(nn.Module):
         """The terms of `actor_loss`, summed over supervised positions -> {name: scalar}.
 
         L = L_task + w_sep (ln 2 - JS(p_H, p_N)) + w_align (beta KL(p_P || p_H) + alpha (1 - cos)),
-        where H reads the latent message, P the plan as text (plan_batch), N another task's message
-        (other_batch)."""
+        where H reads the message, P the plan as text (plan_batch), N another task's message (other_batch)."""
         hidden_states, labels = self.hidden_states(batch)  # (N, D), (N,)
         branches = {"sample": hidden_states}
         with torch.no_grad():
@@ -314,8 +306,7 @@ class LatentActor(nn.Module):
 
 
 def make_adapter(spec):
-    """The "adapter" of latent_adapter.json, {"class": "module:Class", "arguments"} -> one that has learned
-    nothing."""
+    """latent_adapter.json's {"class": "module:Class", "arguments"} -> an adapter that has learned nothing."""
     return load_object(spec["class"], "--adapter")(**spec["arguments"])
 
 
@@ -397,9 +388,11 @@ def warmup_loss(vectors, targets):
 
 def nearness(vectors, words, table):
     """How near vectors (N, D) are to their words -> (share whose nearest word is right, mean cosine)."""
-    cosines = F.normalize(vectors) @ F.normalize(table).T  # (N, V)
-    nearest = cosines.argmax(-1)
-    right = [token in ids for token, ids in zip(nearest.tolist(), words)]
+    table_T = F.normalize(table).T  # (D, V)
+    nearest = []
+    for part in F.normalize(vectors).split(256):  # no (N, V) is ever in memory
+        nearest += (part @ table_T).argmax(-1).tolist()
+    right = [token in ids for token, ids in zip(nearest, words)]
     targets = word_targets(table, words)  # (N, D)
     cosine = F.cosine_similarity(vectors, targets)
     return sum(right) / len(right), cosine.mean().item()
@@ -416,9 +409,8 @@ def procrustes(states, targets):
 
 # ---- 5. Latent sender (paper, section on compression) --------------------------------------------
 class LatentSender(nn.Module):
-    """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned
-    start vector, each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and
-    starting at the identity."""
+    """A student that reads the task and thinks K steps without writing: z_1 is the state at a learned start vector,
+    each next input is bridge(z_k) = Linear(LayerNorm(z_k)), the Linear bias-free and starting at the identity."""
 
     def __init__(self, lm):
         super().__init__()
@@ -432,9 +424,8 @@ class LatentSender(nn.Module):
         nn.init.eye_(self.bridge.weight)
 
     def forward(self, input_ids, attention_mask, steps):
-        """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow
-        through all steps: the KV cache is part of the graph (so no gradient checkpointing of the
-        student, which drops the cache)."""
+        """input_ids, attention_mask (B, T), left-padded -> latents (B, steps, d_s). Gradients flow through all steps:
+        the KV cache is part of the graph (so no gradient checkpointing of the student, which drops the cache)."""
         embeds = self.lm.get_input_embeddings()(input_ids)  # (B, T, D)
         start = self.start.to(embeds.dtype).expand(len(embeds), 1, -1)
         embeds = torch.cat([embeds, start], dim=1)  # (B, T + 1, D)
@@ -443,7 +434,7 @@ class LatentSender(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)  # grows with the cache
             states = decoder_states(self.lm, embeds, attention_mask, cache)
             latents.append(states[:, -1:])  # (B, 1, D)
-            embeds = self.bridge(self.norm(latents[-1])).to(embeds.dtype)
+            embeds = self.bridge(self.norm(latents[-1].float())).to(embeds.dtype)
         return torch.cat(latents, dim=1)
 
     def save(self, directory, state_dict=None):
@@ -460,7 +451,7 @@ class LatentSender(nn.Module):
         path = os.path.join(directory, "latent_bridge.safetensors")
         if os.path.exists(path):
             load_part(sender, path)
-        return sender.to(device, DTYPES[dtype]).eval()
+        return sender.to(device).eval()  # no dtype: it would round the fp32 frequencies of RoPE, too
 
 
 def entropy(lm, hidden_states, chunk_logits=2**22):
@@ -583,7 +574,9 @@ class LatentShards:
             sender = json.loads(metadata["sender"])
             width = sender["hidden_size"]
             shapes = {task_id: file.get_slice(task_id).get_shape() for task_id in records}
-            check_records(records)
+            for record in records.values():  # TypeError or KeyError where `write_shard` has not written it
+                record["task"] + record["plan"] + ""
+                record["plan_token_ids"] + []
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is truncated or not a latent shard: if collect.py wrote it, delete it "
                             "and run that again, which collects only what is missing") from None
@@ -628,13 +621,6 @@ class LatentShards:
             raise UserError(f"{path}: id {task_id}: NaN or infinity in the message: delete the shard and collect "
                             f"again, in bf16 or fp32 if the sender overflows fp16")
         return latents
-
-
-def check_records(records):
-    """Raises TypeError or KeyError where a shard's records are not those of `write_shard`."""
-    for record in records.values():
-        record["task"] + record["plan"] + ""
-        record["plan_token_ids"] + []
 
 
 def open_shards(directory):

@@ -7,9 +7,9 @@ Stage 2: the actor learns to read messages: L = L_task + w_sep L_sep + w_align L
       --gradient_checkpointing true --train_file alfworld_sft.json --task_turn 2 \\
       --hidden_data messages --output_dir actor
 
-The result is the same on any number of GPUs: --global_batch_size is what you set. --message text and
---message none train the paper's baselines, CoT (full) and No-CoT. A killed run, started again with the
-same flags, continues from its last checkpoint as if nothing had happened.
+The result is the same on any number of GPUs but for the adapter's dropout: --global_batch_size is what you
+set. --message text and --message none train the paper's baselines, CoT (full) and No-CoT. A killed run,
+started again with the same flags, continues from its last checkpoint as if nothing had happened.
 """
 import contextlib
 import functools
@@ -108,9 +108,8 @@ def loss_weights(align, sep, adaptive=False, last_terms=None):
     """The weight of each term in the total loss; a term without one is only logged. A term of your own is
     one more line here.
 
-    align and sep are ceilings. Adaptive: a term that is satisfied steps back, to a tenth of its ceiling,
-    which it has where its value of the last step is as large as it starts. That value is detached, and
-    the same for any split of the batch."""
+    align and sep are ceilings. Adaptive: the ceiling times the term's value of the last step over that of the
+    start, at least a tenth of it. That value is detached, and the same for any split of the batch."""
     weights = {"task": 1.0, "align": align, "sep": sep}
     if adaptive and last_terms:
         for name, start in (("align", 1.0), ("sep", math.log(2))):
@@ -120,9 +119,8 @@ def loss_weights(align, sep, adaptive=False, last_terms=None):
 
 @torch.no_grad()
 def infonce_probe(actor, data, chosen, autocast, device, rank, world):
-    """Does a message say which sample it belongs to? Scores K messages on K samples by -CE ->
-    {"infonce": loss, "infonce_bound": log K - loss}, in nats: a lower bound on the mutual information
-    of message and behaviour."""
+    """Does a message say which sample it belongs to? Scores K messages on K samples by -CE -> {"infonce": loss,
+    "infonce_bound": log K - loss}, in nats: a lower bound on the mutual information of message and behaviour."""
     actor.eval()
     K = len(chosen)
     scores = torch.zeros(K, K, device=device)
@@ -161,13 +159,20 @@ def main(argv=None):
     tokenizer = load_tokenizer(source, args.trust_remote_code, args.chat_template_kwargs)
     new_ids = add_markers(tokenizer)
     shards = open_shards(args.hidden_data) if args.hidden_data and args.message != "none" else None
+    max_length = min(args.model_max_length, context_length(config))
     data, train_indices, eval_data, eval_indices = train_and_eval(
         args.train_file, args.eval_file, args.eval_ratio, args.seed, tokenizer,
         shards=shards, kind=args.message, announcement=args.plan_announcement, task_turn=args.task_turn,
-        max_message=args.prepended_length, max_length=min(args.model_max_length, context_length(config)))
-    if latent and args.random_contrast_weight and len({data.tasks[n] for n in train_indices}) < 2:
-        raise UserError(f"{args.train_file}: L_sep needs a message of another task, but all tasks are the same: "
-                        f"add samples or set --random_contrast_weight 0")
+        max_message=args.prepended_length, max_length=max_length)
+    if latent and args.random_contrast_weight:  # L_sep reads each sample with another task's message
+        if len({data.tasks[n] for n in train_indices}) < 2:
+            raise UserError(f"{args.train_file}: all tasks are the same (collected without --task_turn?): add "
+                            "others or set --random_contrast_weight 0")
+        frame = max(len(data.encoded[n][0] + data.encoded[n][1]) for n in train_indices)
+        longest = max(shards.lengths[data.ids[n]] for n in train_indices)
+        if frame + longest > max_length:
+            raise UserError(f"{args.train_file}: {frame} tokens and another sample's message of {longest} states "
+                            f"exceed the context of {max_length}: shorten them or set --random_contrast_weight 0")
     if latent and args.adapter == "none" and data.sender_dim != config.hidden_size:
         raise UserError(f"--adapter none: the messages are {data.sender_dim} wide, the actor {config.hidden_size}")
     fits_words = latent and (args.adapter_warmup_steps > 0 or args.adapter == "procrustes")
@@ -291,7 +296,7 @@ def main(argv=None):
         groups.append({"params": parameters, "peak": adapter_lr, "weight_decay": 0.0})
     # fused: one kernel, without temporaries as large as the parameters
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), fused=cuda or None)
-    if run.checkpoint:
+    if state["step"]:
         run.load_optimizer(learner, optimizer)
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -366,6 +371,7 @@ def main(argv=None):
         check_finite(done, loss, grad_norm, [data.ids[n] for _, n in drawn])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - clock
         # ----------------------------------------------------------------------------------------
 
         # evaluate
@@ -385,7 +391,6 @@ def main(argv=None):
                 record |= infonce_probe(actor, probed, chosen, autocast, device, rank, world)
 
         # log
-        seconds = time.perf_counter() - clock
         record["tokens_per_s"] = round(seen_tokens * world / seconds)
         record["memory_gb"] = round(memory_gb(device), 2)
         if rank == 0:

@@ -52,7 +52,7 @@ def perturb(variant, latents, *seed):
 
         covgauss0      Gaussian with H's covariance and mean zero
         covgauss1      Gaussian with H's covariance and H's mean
-        randomrot      H rotated inside its row space: exactly H's mean and covariance
+        randomrot      H's whitened states rotated: exactly H's mean and covariance
         covnoise0.5    H + 0.5 * noise with H's covariance (covnoise1.0: + 1 * noise)
         whitenoise     H + noise of the same total power, equal in all directions"""
     H = latents.float()  # (L, d)
@@ -78,7 +78,7 @@ def perturb(variant, latents, *seed):
 
 
 def rotate(X, generator):
-    """Rotate centred states (L, d) at random inside their row space; mean (zero) and covariance stay."""
+    """Rotate centred states (L, d) at random in whitened coordinates; mean (zero) and covariance stay."""
     U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)  # (L, k), (k,), (k, d)
     # directions of the size of rounding errors are no part of the message; the released code keeps them
     tolerance = S[0] * max(X.shape) * torch.finfo(torch.float32).eps
@@ -245,13 +245,14 @@ def collect_messages(tasks, actor_path, output_dir, *, sender, latent_steps=(), 
                      chat_template_kwargs=None, max_plan_tokens=512, sender_batch_size=16, **options):
     """Stage 1 on the tasks of an evaluation -> {suffix of the label: LatentShards}, one for each K.
 
-    tasks: this rank's; options: more of `collect`. A sender is asked as the actor's own was, unless the flags say
-    otherwise; its messages go to output_dir/messages, messages_k8, ... Raises UserError, before a model is
-    loaded, for a sender that the actor did not learn from."""
+    tasks: this rank's; options: more of `collect`. A sender is asked as the actor's own was; its messages go to
+    output_dir/messages, messages_k8, ... Raises UserError, before a model is loaded, for a sender that the
+    actor did not learn from."""
     bridge, learned = read_bridge(sender), read_info(actor_path).get("sender") or {}
     send = learned.get("send", "last")
     told = {"model": sender, "fingerprint": fingerprint(sender), "teacher": bridge.get("teacher"), "send": send}
-    check_sender(told, actor_path)
+    for steps in latent_steps or [bridge.get("K")]:
+        check_sender(told | {"latent_steps": steps}, actor_path)
     if not latent_steps and not bridge:
         prompt_template = prompt_template or learned.get("prompt_template")
         chat_template_kwargs = chat_template_kwargs or learned.get("chat_template_kwargs")
@@ -350,7 +351,9 @@ def differences(scores):
     for name, (first, second) in DIFFERENCES.items():
         for label in scores:
             suffix = label.removeprefix(first)
-            other = scores.get(second + suffix) or scores.get(second)
+            other = scores.get(second + suffix)
+            if other is None and second == "no_comm":  # one serves all
+                other = scores.get(second)
             if other and label == first + suffix:
                 apart = [score - other[task_id] for task_id, score in scores[label].items()]
                 interval = bootstrap_interval(apart, lowest=-1.0)

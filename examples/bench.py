@@ -34,9 +34,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 
 import collect  # noqa: E402
 from common import Parser, one_line_errors, write_json  # noqa: E402
-from data import PLAN_ANNOUNCEMENT, optional  # noqa: E402
+from data import PLAN_ANNOUNCEMENT  # noqa: E402
 from eval_alfworld import Job, play  # noqa: E402
-from examples.scratch import SPECIAL, build_tokenizer, made_by  # noqa: E402
+from examples.scratch import SPECIAL, build_tokenizer, made_by, optional  # noqa: E402
 from games import GameWorkers  # noqa: E402
 from hf import DTYPES, decoder_layers, decoder_states  # noqa: E402
 from model import (HiddenStateProcessor, LatentActor, LatentSender, LatentShards, actor_loss,  # noqa: E402

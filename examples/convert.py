@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import Parser, UserError, atomic_path, is_text, one_line_errors, read_json  # noqa: E402
-from data import optional  # noqa: E402
+from examples.scratch import optional  # noqa: E402
 from hf import DTYPES, first_line  # noqa: E402
 from model import (  # noqa: E402
     HEADER_LIMIT, SHARD_FORMAT, LatentShards, free_name, header_bytes, make_record, open_shards, write_shard)

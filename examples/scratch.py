@@ -179,6 +179,14 @@ def open_output(out, settings, fresh=False):
     write_json(path, settings)
 
 
+def optional(name):
+    """Import a library that one example needs. Raises UserError with the pip command."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"this needs {name}: pip install {name}") from None
+
+
 # ---- 3. The report -------------------------------------------------------------------------------
 def made_by():
     """What a result says of its origin: the command, the commit of the code, the machine. "commit" is None without

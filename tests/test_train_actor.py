@@ -238,11 +238,11 @@ def test_zero_is_a_rate_and_a_scale(world, tmp_path):
     (lambda records, sent: records[0].pop("id"), ["record 0", "'id'"]),
     (lambda records, sent: records[0].update(conversations=turns(("human", "x" * 5000), ("gpt", "x"))),
      ["id t0", "context of 4096"]),
-    (lambda records, sent: records[0].update(plan=["a"]), ["id t0", "plan is not a text"]),
+    (lambda records, sent: (sent["t0"].update(plan=""), records[0].update(plan=["a"])), ["id t0", "not a text"]),
     (lambda records, sent: sent["t2"].update(plan=""), ["id t2", "empty plan"]),
     (lambda records, sent: sent["t2"].update(plan="", plan_token_ids=[1]), ["id t2", "empty plan"]),
     (lambda records, sent: [record.update(task="x") for record in sent.values()],
-     ["tasks are the same", "L_sep"])])
+     ["tasks are the same", "--random_contrast_weight 0"])])
 def test_bad_records_and_messages(world, tmp_path, refuses, change, words):
     records = read_json(world["train_file"])
     shards = LatentShards(world["hidden_data"])
