@@ -44,7 +44,7 @@ from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCa
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts are one folder up
 
 from common import (  # noqa: E402
-    atomic_path, one_line_errors, plot_bars, progress, read_json, read_rows, remove, write_json, write_text)
+    UserError, atomic_path, one_line_errors, plot_bars, progress, read_json, read_rows, remove, write_json, write_text)
 from data import Conversations  # noqa: E402
 from examples.scratch import (  # noqa: E402
     PLAN_ANNOUNCEMENT, build_tokenizer, demo_parser, made_by, once, open_output, stage)
@@ -272,9 +272,13 @@ def one_seed(out, seed, sizes, from_games):
 
 
 def wins_of(folder):
-    """What an evaluation played -> {row: {game: whether it was won}}."""
+    """What an evaluation played -> {row: {game: whether it was won}}. Raises UserError for a game that crashed: it
+    was not lost."""
     wins = {}
     for episode in read_rows(f"{folder}/results.csv"):
+        if episode["crash"]:
+            raise UserError(f"{folder}: {episode['id']} crashed ({episode['crash']}): take this stage out of "
+                            "seconds.json, and start the same command again")
         wins.setdefault(episode["variant"], {})[episode["id"]] = episode["success"] == "True"
     return wins
 

@@ -397,6 +397,7 @@ def test_another_sender_or_settings_need_another_directory(tasks, tmp_path, refu
     refuses(main, argv(sender, tasks, out, "--seed", 1), "different: seed", "--output_dir")
     others = write(tmp_path / "others.json", [{"id": "t0", "task": "water the plant"}])
     refuses(main, argv(sender, others, out), "id t0", "another text", "--output_dir")
+    refuses(main, argv(sender, "", out, "--env", "test_collect:Game", "--split", "test"), "different: games")
     save_sender(tmp_path / "sender")  # the same weights again
     run(sender, tasks, out, "--max_samples", 2)
     make_lm(seed=1).save_pretrained(sender)  # trained anew into the same folder

@@ -115,7 +115,8 @@ def test_a_fingerprint_is_of_what_is_there(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20))
     (tmp_path / "train.json").write_text("1 2 3")
     first = fingerprint(str(tmp_path))
-    for name in (".hidden", "loss_log.csv", "x.tmp1"):  # what a run leaves beside its model
+    (tmp_path / "checkpoint-5").mkdir()
+    for name in (".hidden", "loss_log.csv", "x.tmp1", "checkpoint-5/x"):  # what a run leaves beside its model
         (tmp_path / name).write_text("x")
     assert fingerprint(str(tmp_path)) == first and len(first) == 16
     for name, content in (("model.safetensors", bytes(3 * 2**20 - 1) + b"x"), ("train.json", b"7 7 7")):

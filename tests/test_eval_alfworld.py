@@ -384,6 +384,11 @@ def test_where_every_game_crashes_there_is_no_result(world, tmp_path, refuses, m
     assert main(flags)["no_comm"]["success"] == 1  # the same command plays again what crashed
 
 
+def test_logits_that_are_no_numbers_are_no_lost_games(world, tmp_path, refuses, monkeypatch):
+    monkeypatch.setattr(eval_alfworld, "lm_logits", lambda lm, states: torch.full((len(states), 9), torch.nan))
+    refuses(main, argv(world, tmp_path), "logits are not finite", "--torch_dtype bf16 or fp32")
+
+
 def test_no_game_outlives_an_error(world, tmp_path, monkeypatch):
     def play(*args, **more):
         assert len(multiprocessing.active_children()) == 2

@@ -8,7 +8,7 @@ import pytest
 from common import read_json
 from eval_math import extract_answer
 from examples import arithmetic, household as example, scratch
-from examples.household import LOCATIONS, MAX_STEPS, PLACES, Household, all_tasks, expert, goal, plan, search_actions
+from examples.household import MAX_STEPS, PLACES, Household, all_tasks, expert, goal, plan, search_actions
 from tiny import snapshot
 
 ROWS = "latent text no_comm cross_task self randomrot no_comm_base keep8 k8 k8_untrained search".split()
@@ -104,15 +104,6 @@ def test_rules():
     assert not do(back, "go to sinkbasin 1", f"clean {obj} with sinkbasin 1", go, put)[3]["won"]  # clean, but cold
     assert not do(back, "go to microwave 1", f"heat {obj} with microwave 1")[2]
     assert do(go, put)[1:] == (1.0, True, {"won": True, "invalid": False})
-
-
-def test_the_tokenizer_knows_every_word():
-    tokenizer = example.household_tokenizer()
-    for task in all_tasks("test"):
-        turns = example.conversation(Household(), task, search_actions(task))
-        texts = [task["task"], plan(task), *(turn["value"] for turn in turns)]
-        assert tokenizer.unk_token_id not in tokenizer(" ".join(texts)).input_ids
-    assert all(word in tokenizer.get_vocab() for place in LOCATIONS for word in place.split())
 
 
 def test_a_sample_supervises_what_it_says():

@@ -184,6 +184,7 @@ def test_results_of_other_settings_are_refused(tmp_path):
                         "contents": contents | {"sender": [fingerprint(sender)]}}
     write_json(f"{out}/settings.json", settings)
     assert check_settings("output_dir", given | {"batch_size": 9, "runs": 3}, but=["runs"]) == settings
+    check_settings("output_dir", given | {"sender": f"{sender}/"}, but=["runs"])  # the same folder
     with pytest.raises(UserError, match="another --seed: give another --output_dir"):
         check_settings("output_dir", given | {"seed": 1}, but=["runs"])
     write_json(f"{sender}/config.json", {"trained": "anew"})
@@ -284,6 +285,7 @@ def test_the_unit_of_a_difference_is_the_game():
     rest = {name: {n: 0.5 for n in by_game} for name in ("latent_k8", "cross_task_k8", "no_comm", "llama", "text")}
     compared = differences({"latent": by_game} | rest)
     assert list(compared) == ["gain", "gain_k8", "pairing_k8", "presence_k8"]  # with no cross_task: no pairing
+    assert "own_thoughts_k8" not in differences({"self": by_game} | rest)  # only no_comm serves other lengths, too
     assert compared["gain"] == pytest.approx([95 / 140 - 0.5, low - 0.5, high - 0.5])
     unseen = wilson_interval(0, 140)[1]  # how often a game may be otherwise where none was
     assert compared["pairing_k8"] == compared["gain_k8"] == pytest.approx([0, -unseen, unseen])
