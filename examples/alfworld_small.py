@@ -272,13 +272,13 @@ def one_seed(out, seed, sizes, from_games):
 
 
 def wins_of(folder):
-    """What an evaluation played -> {row: {game: whether it was won}}. Raises UserError for a game that crashed: it
-    was not lost."""
+    """What an evaluation played -> {row: {game: whether it was won}}. Raises UserError for a game that
+    crashed, because that was not lost."""
     wins = {}
     for episode in read_rows(f"{folder}/results.csv"):
         if episode["crash"]:
-            raise UserError(f"{folder}: {episode['id']} crashed ({episode['crash']}): take this stage out of "
-                            "seconds.json, and start the same command again")
+            raise UserError(f"{folder}: {episode['id']} crashed ({episode['crash']}): take this stage out "
+                            "of seconds.json, and start the same command again")
         wins.setdefault(episode["variant"], {})[episode["id"]] = episode["success"] == "True"
     return wins
 

@@ -5,7 +5,7 @@ Alignments without training, under the same harness: what readers make of messag
   python examples/unsure.py               # for the rows of the unsure sender
   python examples/smollm2.py --model ...  # for those of a pre-trained model, 7 GB of disk more
   python examples/alignments.py --fast    # a quarter of an hour: shows that it runs
-  python examples/alignments.py           # two hours on 2 cores, and one more with SmolLM2 on 20 games a split
+  python examples/alignments.py           # two hours on 2 cores, one more with SmolLM2 on 20 games a split
 
 Type this at the top of the repository, and again after a kill: every stage goes on where it was. What the
 other examples have not left yet is left out, and joins in later.
@@ -83,6 +83,9 @@ READERS = {
         "play_flags": "--num_episodes {games} --max_new_tokens 10 --max_steps 10 --batch_size 300"},
 }
 
+TITLES = {
+    "text": "a reader of text", "latent": "a reader of latents", "SmolLM2": "SmolLM2, a reader of text"}
+
 # ---- The stages ----------------------------------------------------------------------------------
 def play_rows(out, reader, sizes):
     """Every row of a reader, whose LM stays as it is -> {variant_row: {(split, game): whether it was won}}."""
@@ -136,7 +139,7 @@ def make_table(wins):
 
 
 def show(tables, path):
-    """The tables on screen, and their picture: success by row, the fuller in colour the larger its pairing."""
+    """The tables on screen, and their picture: success by row, the fuller the larger its pairing."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(2 + 3 * len(tables), 4))
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
@@ -176,7 +179,7 @@ def main(argv=None):
         open_output(f"{out}/{name}", reader | sizes | {"model": fingerprint(reader["lm"])})
         wins = play_rows(f"{out}/{name}", reader, sizes)
         if name != "unsure":
-            content[name] = tables[name] = make_table(wins)
+            content[name] = tables[TITLES[name]] = make_table(wins)
             continue
         named, content[name] = plan_is_right(args.unsure, "OneWord", 0), {}
         for part, right in (("right", True), ("wrong", False)):

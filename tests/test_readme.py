@@ -69,7 +69,6 @@ def flags(module):
             for option in action.option_strings if option.startswith("--")}
 
 
-# ---- blocks and commands
 def test_a_message_by_hand(monkeypatch, capsys):
     """The first Python block, with the models of the box: the actor goes where its message says, and only then."""
     monkeypatch.chdir(ROOT)
@@ -140,8 +139,8 @@ def short(value):
 
 def test_figures_are_those_of_the_files():
     """The table of the first screen, and what the text says of a file of assets/, figure by figure."""
-    house, games, smollm2, unsure = (read_json(f"{ROOT}/assets/{name}.json") for name in
-                                     ("household", "alfworld", "smollm2", "unsure"))
+    house, games, smollm2, unsure, alignments = (
+        read_json(f"{ROOT}/assets/{name}.json") for name in "household alfworld smollm2 unsure alignments".split())
     text, expected = " ".join(README.split()), []
     for row in ("latent", "text", "no_comm", "cross_task", "k8"):
         cells = []
@@ -160,6 +159,15 @@ def test_figures_are_those_of_the_files():
     latent, words = (unsure["table"][row]["wrong"][0] for row in ("latent", "text"))
     expected.append(f"wins {latent:.3f}".replace("0.", ".") + " of the tasks, one trained on the texts "
                     + f"{words:.3f}".replace("0.", "."))
+    for names in ("text", "trained", "warm_up", "procrustes none", "expected likeliest", "random no_comm"):
+        cells = []
+        for reader in ("text", "latent", "SmolLM2"):
+            rows = [alignments[reader][name] for name in names.split() if name in alignments[reader]]
+            cells.append("; ".join(short(row["success"]) + (f" ({short(row['cross_task'])})" if "cross_task" in row
+                                                            else "") for row in rows) or "–")
+        expected.append(f"| {' | '.join(cells)} |")
+    fitted = [short(part["warm_up"]["success"]) for part in alignments["unsure"].values()]  # right, wrong
+    expected.append(f"wins {fitted[1]} by fitted states, .02 by words; where the plan is right, {fitted[0]}")
     for figure in expected:
         assert figure in text, figure
 

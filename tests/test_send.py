@@ -72,8 +72,8 @@ def test_each_token_ends_somewhere_in_the_plan(world, tmp_path, refuses):
     record = run(world[0], file, tmp_path / "o", "--plan_field", "p").records["a"]
     assert record["token_ends"] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13] and record["plan"] == plan
     assert tokenizer.decode(record["plan_token_ids"]) == plan
-    other = write(tmp_path / "d.json", [{"id": "a", "task": "x", "p": "go"}])
-    refuses(main, argv(world[0], other, tmp_path / "o", "--plan_field", "p"), "id a for another text")
+    write(tmp_path / "d.json", [{"id": "a", "task": "x", "p": "go"}])
+    refuses(main, argv(world[0], file, tmp_path / "o", "--plan_field", "p"), "id a for another text")
 
 
 def test_other_layers_are_asked_for_only_where_they_are_sent(world):
