@@ -434,7 +434,7 @@ class LatentSender(nn.Module):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)  # grows with the cache
             states = decoder_states(self.lm, embeds, attention_mask, cache)
             latents.append(states[:, -1:])  # (B, 1, D)
-            embeds = self.bridge(self.norm(latents[-1].float())).to(embeds.dtype)
+            embeds = self.bridge(self.norm(latents[-1].to(self.start.dtype))).to(embeds)
         return torch.cat(latents, dim=1)
 
     def save(self, directory, state_dict=None):
