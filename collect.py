@@ -268,7 +268,7 @@ def collect(tasks, output_dir, *, model_name_or_path, prompt_template=None, defa
         "prompt_fingerprint": f"{seed_for(*some_prompt):016x}",  # an edited template or tokenizer has another
         "latent_steps": latent_steps,
         "plan_field": plan_field,
-        "games": env and f"{env} {split}",  # others may have the same ids
+        "games": env and [env, split],  # others may have the same ids
         "teacher": bridge.get("teacher"),  # the fingerprint of the actor over which a student was trained
         "seed": seed,
         "c": c,
