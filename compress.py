@@ -29,10 +29,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from collect import sender_prompt
 from common import (STOP_EXIT, Parser, Run, UserError, add_training_flags, all_reduce_sum, catch_stop,
                     check_finite, check_output, evaluate, fingerprint, json_object, lock, lr_scale, memory_gb,
                     one_line_errors, positive, progress, run_settings, task_template, this_rank, write_json)
-from data import PLAN_PROMPT, encode_conversation, encode_prompt, global_batch, show_sample, train_and_eval
+from data import PLAN_PROMPT, encode_conversation, global_batch, naming, show_sample, train_and_eval
 from hf import context_length, decoder_layers, left_pad, load_config, load_tokenizer
 from model import (LatentActor, LatentSender, build_sample, check_sender, collate, compression_terms, open_shards,
                    read_info)
@@ -91,11 +92,9 @@ def student_prompts(data, tokenizer, template, steps, max_length, max_actor_leng
     student's own tokenizer and chat template. Raises UserError where K latents do not fit."""
     prompts = []
     for sample_id, task, (before, after, _) in zip(data.ids, data.tasks, data.encoded):
-        where = f"{data.path}: id {sample_id}"
-        turn = {"role": "user", "content": template.replace("{task}", task).strip()}
-        part = encode_prompt(tokenizer, [turn], where=where)
-        prompts.append(part["before"] + part["after"])  # no message stands between them
-        # the data message was checked by Conversations, but K may be larger
+        with naming(data.path):
+            prompts.append(sender_prompt(tokenizer, template, {"id": sample_id, "task": task}))
+        where = f"{data.path}: id {sample_id}"  # the data message was checked by Conversations, but K may be larger
         for whose, length, context in (("actor", len(before + after), max_actor_length),
                                        ("student", len(prompts[-1]), max_length)):
             if length + steps > context:

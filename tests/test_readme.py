@@ -166,13 +166,13 @@ def test_figures_are_those_of_the_files():
             cells.append("; ".join(short(row["success"]) + (f" ({short(row['cross_task'])})" if "cross_task" in row
                                                             else "") for row in rows) or "–")
         expected.append(f"| {' | '.join(cells)} |")
-    fitted = [short(part["warm_up"]["success"]) for part in alignments["unsure"].values()]  # right, wrong
-    expected.append(f"wins {fitted[1]} by fitted states, .02 by words; where the plan is right, {fitted[0]}")
+    parts = alignments["unsure"].values()
+    right, wrong = ([short(part[row]["success"]) for row in ("warm_up", "text")] for part in parts)
+    expected.append("wins {} by fitted states, {} by words; where the plan is right, {} and {}".format(*wrong, *right))
     for figure in expected:
         assert figure in text, figure
 
 
-# ---- flags
 def passes(text, flag):
     """Whether a test gives a flag to a script: "--c", "--c 3", or in argv_of: {"c": 3}, c=3."""
     if re.search(rf"""{flag}["' ]""", text):

@@ -238,7 +238,7 @@ def test_zero_is_a_rate_and_a_scale(world, tmp_path):
     (lambda records, sent: records[0].pop("id"), ["record 0", "'id'"]),
     (lambda records, sent: records[0].update(conversations=turns(("human", "x" * 5000), ("gpt", "x"))),
      ["id t0", "context of 4096"]),
-    (lambda records, sent: (sent["t0"].update(plan=""), records[0].update(plan=["a"])), ["id t0", "not a text"]),
+    (lambda records, sent: (sent["t0"].update(plan=""), records[0].update(plan=[0])), ["id t0", "plan is not a text"]),
     (lambda records, sent: sent["t2"].update(plan=""), ["id t2", "empty plan"]),
     (lambda records, sent: sent["t2"].update(plan="", plan_token_ids=[1]), ["id t2", "empty plan"]),
     (lambda records, sent: [record.update(task="x") for record in sent.values()],
